@@ -1,0 +1,63 @@
+# Two commands do everything on a fresh machine: `make train` and `make test`. They make .venv themselves.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+
+.PHONY: test train bench lint asan faults format clean
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n 2
+
+train: $(VENV)/.examples
+	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+bench: $(VENV)/.examples
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+# Style, types and formatting; the source is not changed (`make format` does that).
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs $(BIN)/clang-format -i
+
+# The whole suite with the native core under AddressSanitizer and UndefinedBehaviorSanitizer.
+asan: $(VENV)/.test
+	$(BIN)/python tests/sanitize.py
+
+# Every deliberate fault under tests/faults must turn its test red.
+faults: $(VENV)/.test
+	$(BIN)/python tests/faults/run.py
+
+clean:
+	rm -rf build fusedopt/_C*.so *.egg-info
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH) numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q --no-deps -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.built
+	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.built
+	$(BIN)/python -m pip install -q -e '.[examples]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch
+	$(BIN)/python -m pip install -q $$($(PYTHON) -c "import re; print(' '.join(re.findall(r'\"([a-z-]+==[0-9.]+)\"', open('pyproject.toml').read())))")
+	touch $@

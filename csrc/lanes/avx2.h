@@ -1,0 +1,119 @@
+// AVX2 with FMA and F16C: 8 floats or 4 doubles.
+#pragma once
+
+#include <immintrin.h>
+
+#include "lane.h"
+
+namespace fusedopt {
+namespace avx2 {
+
+struct F32 {
+  using Scalar = float;
+  static constexpr int kWidth = 8;
+  __m256 v;
+
+  F32() = default;
+  F32(__m256 x) : v(x) {}
+  explicit F32(float x) : v(_mm256_set1_ps(x)) {}
+
+  static __m256i mask(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+
+  static F32 load(const float* p) { return _mm256_loadu_ps(p); }
+  static F32 load(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(float* p, int n) const { _mm256_maskstore_ps(p, mask(n), v); }
+
+  static F32 widen(__m128i x, BFloat16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+  static F32 widen(__m128i x, Half) { return _mm256_cvtph_ps(x); }
+
+  // Round to nearest even; a NaN is made quiet and keeps its upper bits.
+  __m128i narrow(BFloat16) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i high = _mm256_srli_epi32(bits, 16);
+    const __m256i even = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), even), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+  __m128i narrow(Half) const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+  // The two 16-bit storage types. AVX2 has no 16-bit mask: a tail goes through a padded block.
+  template <class S>
+  static F32 load(const S* p) {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), S{});
+  }
+  template <class S>
+  static F32 load(const S* p, int n) {
+    S block[kWidth] = {};
+    std::memcpy(block, p, n * sizeof(S));
+    return load(block);
+  }
+  template <class S>
+  void store(S* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(S{}));
+  }
+  template <class S>
+  void store(S* p, int n) const {
+    S block[kWidth];
+    store(block);
+    std::memcpy(p, block, n * sizeof(S));
+  }
+
+  friend F32 add(F32 a, F32 b) { return _mm256_add_ps(a.v, b.v); }
+  friend F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a.v, b.v); }
+  friend F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a.v, b.v); }
+  friend F32 div(F32 a, F32 b) { return _mm256_div_ps(a.v, b.v); }
+  friend F32 sqrt(F32 a) { return _mm256_sqrt_ps(a.v); }
+  friend F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+  friend F32 neg(F32 a) { return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f)); }
+  friend F32 maximum(F32 a, F32 b) {
+    return _mm256_or_ps(_mm256_max_ps(a.v, b.v), _mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q));
+  }
+  friend F32 flush_subnormal(F32 a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    const __m256 small = _mm256_cmp_ps(_mm256_andnot_ps(sign, a.v), _mm256_set1_ps(0x1p-126f), _CMP_LT_OQ);
+    return _mm256_blendv_ps(a.v, _mm256_and_ps(a.v, sign), small);
+  }
+};
+
+struct F64 {
+  using Scalar = double;
+  static constexpr int kWidth = 4;
+  __m256d v;
+
+  F64() = default;
+  F64(__m256d x) : v(x) {}
+  explicit F64(double x) : v(_mm256_set1_pd(x)) {}
+
+  static __m256i mask(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+
+  static F64 load(const double* p) { return _mm256_loadu_pd(p); }
+  static F64 load(const double* p, int n) { return _mm256_maskload_pd(p, mask(n)); }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+  void store(double* p, int n) const { _mm256_maskstore_pd(p, mask(n), v); }
+
+  friend F64 add(F64 a, F64 b) { return _mm256_add_pd(a.v, b.v); }
+  friend F64 sub(F64 a, F64 b) { return _mm256_sub_pd(a.v, b.v); }
+  friend F64 mul(F64 a, F64 b) { return _mm256_mul_pd(a.v, b.v); }
+  friend F64 div(F64 a, F64 b) { return _mm256_div_pd(a.v, b.v); }
+  friend F64 sqrt(F64 a) { return _mm256_sqrt_pd(a.v); }
+  friend F64 fma(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
+  friend F64 neg(F64 a) { return _mm256_xor_pd(a.v, _mm256_set1_pd(-0.0)); }
+  friend F64 maximum(F64 a, F64 b) {
+    return _mm256_or_pd(_mm256_max_pd(a.v, b.v), _mm256_cmp_pd(a.v, b.v, _CMP_UNORD_Q));
+  }
+  friend F64 flush_subnormal(F64 a) {
+    const __m256d sign = _mm256_set1_pd(-0.0);
+    const __m256d small = _mm256_cmp_pd(_mm256_andnot_pd(sign, a.v), _mm256_set1_pd(0x1p-1022), _CMP_LT_OQ);
+    return _mm256_blendv_pd(a.v, _mm256_and_pd(a.v, sign), small);
+  }
+};
+
+}  // namespace avx2
+}  // namespace fusedopt

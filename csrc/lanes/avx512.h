@@ -1,0 +1,111 @@
+// AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles. Tails are masked.
+#pragma once
+
+#include <immintrin.h>
+
+#include "lane.h"
+
+namespace fusedopt {
+namespace avx512 {
+
+struct F32 {
+  using Scalar = float;
+  static constexpr int kWidth = 16;
+  __m512 v;
+
+  F32() = default;
+  F32(__m512 x) : v(x) {}
+  explicit F32(float x) : v(_mm512_set1_ps(x)) {}
+
+  static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+  static F32 load(const float* p) { return _mm512_loadu_ps(p); }
+  static F32 load(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
+
+  static F32 widen(__m256i x, BFloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+  static F32 widen(__m256i x, Half) { return _mm512_cvtph_ps(x); }
+
+  // Round to nearest even; a NaN is made quiet and keeps its upper bits. (VCVTNEPS2BF16 would flush subnormals.)
+  __m256i narrow(BFloat16) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i high = _mm512_srli_epi32(bits, 16);
+    const __m512i even = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+  }
+  __m256i narrow(Half) const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+  // The two 16-bit storage types.
+  template <class S>
+  static F32 load(const S* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), S{});
+  }
+  template <class S>
+  static F32 load(const S* p, int n) {
+    return widen(_mm256_maskz_loadu_epi16(mask(n), p), S{});
+  }
+  template <class S>
+  void store(S* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(S{}));
+  }
+  template <class S>
+  void store(S* p, int n) const {
+    _mm256_mask_storeu_epi16(p, mask(n), narrow(S{}));
+  }
+
+  friend F32 add(F32 a, F32 b) { return _mm512_add_ps(a.v, b.v); }
+  friend F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a.v, b.v); }
+  friend F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a.v, b.v); }
+  friend F32 div(F32 a, F32 b) { return _mm512_div_ps(a.v, b.v); }
+  friend F32 sqrt(F32 a) { return _mm512_sqrt_ps(a.v); }
+  friend F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+  friend F32 neg(F32 a) { return _mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f)); }
+  friend F32 maximum(F32 a, F32 b) {
+    const __mmask16 unordered = _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q);
+    return _mm512_mask_add_ps(_mm512_max_ps(a.v, b.v), unordered, a.v, b.v);
+  }
+  friend F32 flush_subnormal(F32 a) {
+    const __mmask16 small = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(0x1p-126f), _CMP_LT_OQ);
+    return _mm512_mask_and_ps(a.v, small, a.v, _mm512_set1_ps(-0.0f));
+  }
+};
+
+struct F64 {
+  using Scalar = double;
+  static constexpr int kWidth = 8;
+  __m512d v;
+
+  F64() = default;
+  F64(__m512d x) : v(x) {}
+  explicit F64(double x) : v(_mm512_set1_pd(x)) {}
+
+  static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+
+  static F64 load(const double* p) { return _mm512_loadu_pd(p); }
+  static F64 load(const double* p, int n) { return _mm512_maskz_loadu_pd(mask(n), p); }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+  void store(double* p, int n) const { _mm512_mask_storeu_pd(p, mask(n), v); }
+
+  friend F64 add(F64 a, F64 b) { return _mm512_add_pd(a.v, b.v); }
+  friend F64 sub(F64 a, F64 b) { return _mm512_sub_pd(a.v, b.v); }
+  friend F64 mul(F64 a, F64 b) { return _mm512_mul_pd(a.v, b.v); }
+  friend F64 div(F64 a, F64 b) { return _mm512_div_pd(a.v, b.v); }
+  friend F64 sqrt(F64 a) { return _mm512_sqrt_pd(a.v); }
+  friend F64 fma(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
+  friend F64 neg(F64 a) { return _mm512_xor_pd(a.v, _mm512_set1_pd(-0.0)); }
+  friend F64 maximum(F64 a, F64 b) {
+    const __mmask8 unordered = _mm512_cmp_pd_mask(a.v, b.v, _CMP_UNORD_Q);
+    return _mm512_mask_add_pd(_mm512_max_pd(a.v, b.v), unordered, a.v, b.v);
+  }
+  friend F64 flush_subnormal(F64 a) {
+    const __mmask8 small = _mm512_cmp_pd_mask(_mm512_abs_pd(a.v), _mm512_set1_pd(0x1p-1022), _CMP_LT_OQ);
+    return _mm512_mask_and_pd(a.v, small, a.v, _mm512_set1_pd(-0.0));
+  }
+};
+
+}  // namespace avx512
+}  // namespace fusedopt

@@ -1,0 +1,77 @@
+// What a Lane is, and the few conversions that every target must agree on.
+//
+// A Lane is a small vector of opmath values (float or double). A target's header (scalar.h, avx2.h, avx512.h)
+// defines Lane types inside its own namespace with:
+//
+//   typename Lane::Scalar, Lane::kWidth
+//   Lane(Scalar)                         the same value in every element
+//   Lane::load(const T*), load(const T*, n)   n < kWidth: the rest is zero
+//   store(T*), store(T*, n)              one rounding, to nearest even, to the storage type T
+//   add sub mul div sqrt fma neg         one correctly rounded IEEE operation each, never contracted
+//   maximum(a, b)                        a > b ? a : b, and NaN if either is NaN (torch.maximum)
+//   flush_subnormal(x)                   |x| below the smallest normal number becomes a zero of the same sign
+//
+// Everything here has internal linkage: the file of an instruction set must not hand its code to another one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fusedopt {
+
+// Storage types of 16 bits. They are only ever loaded into float and stored from float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+namespace {
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float to_float(BFloat16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
+
+// Round to nearest even; a NaN stays a (quiet) NaN.
+inline BFloat16 to_bfloat16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x0040u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+inline float to_float(Half x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | magnitude << 13);  // inf, nan
+  // Rebias the exponent by a multiplication: exact, and right for subnormal halves too.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+}
+
+inline Half to_half(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x1ffu))};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
+  if (magnitude < 0x38800000u) {
+    // Subnormal half: adding 0.5 puts the last bit of the half at the last bit of the float's significand.
+    const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+    return {static_cast<uint16_t>(sign | rounded)};
+  }
+  const uint32_t rebias = magnitude - 0x38000000u;
+  return {static_cast<uint16_t>(sign | (rebias + 0xfffu + (rebias >> 13 & 1u)) >> 13)};
+}
+
+}  // namespace
+}  // namespace fusedopt

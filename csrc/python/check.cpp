@@ -1,0 +1,217 @@
+#include "check.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace fusedopt {
+
+std::string ParamName::text() const {
+  std::string s =
+      std::string(optimizer) + ": param_groups[" + std::to_string(group) + "]['params'][" + std::to_string(index) + "]";
+  PyObject* names = PyDict_GetItemString(param_group, "param_names");
+  if (names && PyList_Check(names) && index < static_cast<size_t>(PyList_GET_SIZE(names)))
+    s += " (" + py::repr(PyList_GET_ITEM(names, index)).cast<std::string>() + ")";
+  return s;
+}
+
+void fail(const ParamName& name, const std::string& what, const std::string& problem) {
+  throw std::runtime_error(name.text() + ": " + what + " " + problem);
+}
+
+namespace {
+
+// The strides of a complex tensor's real view have a last dimension of 2.
+void add_dims(const Streams& streams, Layout* layout) {
+  const TensorView& param = streams.view[kParam];
+  for (int d = 0; d < param.ndim; ++d) {
+    if (param.shape[d] == 1) continue;
+    Layout::Dim& dim = layout->dim[layout->ndim++];
+    dim.size = param.shape[d];
+    for (int k = 0; k < streams.count; ++k) dim.stride[k] = streams.view[k].strides[d] * (param.is_complex ? 2 : 1);
+  }
+  if (param.is_complex) {
+    Layout::Dim& dim = layout->dim[layout->ndim++];
+    dim.size = 2;
+    for (int k = 0; k < streams.count; ++k) dim.stride[k] = 1;
+  }
+}
+
+// dim[d + 1] continues dim[d] in every stream: one dimension.
+void merge_dims(Layout* layout, int num_streams) {
+  int last = 0;
+  for (int d = 1; d < layout->ndim; ++d) {
+    Layout::Dim &outer = layout->dim[last], &inner = layout->dim[d];
+    bool together = true;
+    for (int k = 0; k < num_streams; ++k) together &= outer.stride[k] == inner.stride[k] * inner.size;
+    if (together) {
+      const int64_t size = outer.size * inner.size;
+      outer = inner;
+      outer.size = size;
+    } else {
+      layout->dim[++last] = inner;
+    }
+  }
+  layout->ndim = last + 1;
+}
+
+}  // namespace
+
+std::unique_ptr<Layout> plan_row(const Streams& streams, TensorRow* row) {
+  const TensorView& param = streams.view[kParam];
+  row->numel = param.numel() * (param.is_complex ? 2 : 1);
+  for (int k = 0; k < streams.count; ++k) row->data[k] = streams.view[k].data;
+  if (row->numel <= 1) return nullptr;
+
+  // Almost always all are contiguous.
+  bool contiguous = true;
+  for (int k = 0; k < streams.count && contiguous; ++k) {
+    int64_t expected = 1;
+    for (int d = param.ndim - 1; d >= 0; --d) {
+      if (param.shape[d] == 1) continue;
+      contiguous &= streams.view[k].strides[d] == expected;
+      expected *= param.shape[d];
+    }
+  }
+  if (contiguous) return nullptr;
+
+  auto layout = std::make_unique<Layout>();
+  add_dims(streams, layout.get());
+  std::stable_sort(layout->dim, layout->dim + layout->ndim,
+                   [](const Layout::Dim& a, const Layout::Dim& b) { return a.stride[kParam] > b.stride[kParam]; });
+  merge_dims(layout.get(), streams.count);
+  if (layout->ndim == 1) {
+    bool dense = true;
+    for (int k = 0; k < streams.count; ++k) dense &= layout->dim[0].stride[k] == 1;
+    if (dense) return nullptr;
+  }
+  return layout;
+}
+
+void stream_extent(const TensorRow& row, const Layout* layout, int stream, int64_t itemsize, const std::byte** begin,
+                   const std::byte** end) {
+  int64_t last = row.numel - 1;
+  if (layout) {
+    last = 0;
+    for (int d = 0; d < layout->ndim; ++d) last += (layout->dim[d].size - 1) * layout->dim[d].stride[stream];
+  }
+  *begin = row.data[stream];
+  *end = row.data[stream] + (last + 1) * itemsize;
+}
+
+namespace {
+
+// Calls visit(address) for every byte of every element of a stream, until it returns true; then returns true.
+template <class Visit>
+bool any_byte(const TensorRow& row, const Layout* layout, int stream, int64_t itemsize, Visit visit) {
+  for (int64_t e = 0; e < row.numel; ++e) {
+    int64_t offset = e;
+    if (layout) {
+      offset = 0;
+      int64_t rest = e;
+      for (int d = layout->ndim - 1; d >= 0; --d) {
+        offset += rest % layout->dim[d].size * layout->dim[d].stride[stream];
+        rest /= layout->dim[d].size;
+      }
+    }
+    for (int64_t byte = 0; byte < itemsize; ++byte) {
+      if (visit(row.data[stream] + offset * itemsize + byte)) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+void WrittenMemory::clear() {
+  regions_.clear();
+  shapes_.clear();
+}
+
+void WrittenMemory::add(const TensorRow& row, const Layout* layout, int num_streams, int64_t itemsize, size_t owner) {
+  if (row.numel == 0) return;
+  if (shapes_.size() <= owner) shapes_.resize(owner + 1);
+  shapes_[owner] = {&row, layout, itemsize};
+  for (int k = 0; k < num_streams; ++k) {
+    if (k == kGrad) continue;
+    Region region{nullptr, nullptr, owner, k, nullptr};
+    stream_extent(row, layout, k, itemsize, &region.begin, &region.end);
+    regions_.push_back(region);
+  }
+}
+
+bool WrittenMemory::find_overlap(Region* a, Region* b) {
+  std::sort(regions_.begin(), regions_.end(), [](const Region& x, const Region& y) { return x.begin < y.begin; });
+  const std::byte* reach = nullptr;
+  for (Region& region : regions_) region.reach = reach = std::max(reach, region.end);
+
+  for (size_t i = 0; i < regions_.size();) {
+    // A cluster: regions whose extents touch. Alone and dense is the usual case.
+    size_t next = i + 1;
+    while (next < regions_.size() && regions_[next].begin < regions_[next - 1].reach) ++next;
+    const bool alone_and_dense = next == i + 1 && !shapes_[regions_[i].owner].layout;
+    if (!alone_and_dense && elements_overlap(i, next, a, b)) return true;
+    i = next;
+  }
+  return false;
+}
+
+// Exact: marks every byte that is written. Only for the few tensors that share a buffer or are not dense.
+bool WrittenMemory::elements_overlap(size_t from, size_t to, Region* a, Region* b) const {
+  const std::byte* begin = regions_[from].begin;
+  std::vector<bool> written(static_cast<size_t>(regions_[to - 1].reach - begin));
+  for (size_t i = from; i < to; ++i) {
+    const Shape& shape = shapes_[regions_[i].owner];
+    const std::byte* shared = nullptr;
+    any_byte(*shape.row, shape.layout, regions_[i].stream, shape.itemsize, [&](const std::byte* at) {
+      if (written[at - begin]) return shared = at, true;
+      written[at - begin] = true;
+      return false;
+    });
+    if (!shared) continue;
+    *b = regions_[i];
+    for (size_t j = from; j <= i; ++j) {
+      const Shape& other = shapes_[regions_[j].owner];
+      *a = regions_[j];
+      if (any_byte(*other.row, other.layout, regions_[j].stream, other.itemsize,
+                   [&](const std::byte* at) { return at == shared; }))
+        break;
+    }
+    return true;
+  }
+  return false;
+}
+
+bool WrittenMemory::gradient_overlaps(const TensorRow& row, const Layout* layout, int64_t itemsize, size_t owner,
+                                      Gap* gap, Region* touched) const {
+  *gap = {};
+  if (row.numel == 0) return false;
+  const std::byte *from, *to;
+  stream_extent(row, layout, kGrad, itemsize, &from, &to);
+  const auto next = std::lower_bound(regions_.begin(), regions_.end(), to,
+                                     [](const Region& r, const std::byte* p) { return r.begin < p; });
+  const std::byte* reach = next == regions_.begin() ? nullptr : std::prev(next)->reach;
+  if (reach <= from) {
+    *gap = {reach, next == regions_.end() ? reinterpret_cast<const std::byte*>(UINTPTR_MAX) : next->begin};
+    return false;
+  }
+
+  std::vector<bool> read(static_cast<size_t>(to - from));
+  any_byte(row, layout, kGrad, itemsize, [&](const std::byte* at) { return read[at - from] = true, false; });
+  for (auto region = regions_.begin(); region != next; ++region) {
+    if (region->end <= from) continue;
+    if (region->owner == owner && row.data[region->stream] == row.data[kGrad]) {
+      bool same = true;
+      for (int d = 0; layout && d < layout->ndim; ++d)
+        same &= layout->dim[d].stride[kGrad] == layout->dim[d].stride[region->stream];
+      if (same) continue;
+    }
+    const Shape& shape = shapes_[region->owner];
+    *touched = *region;
+    if (any_byte(*shape.row, shape.layout, region->stream, shape.itemsize,
+                 [&](const std::byte* at) { return from <= at && at < to && read[at - from]; }))
+      return true;
+  }
+  return false;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,79 @@
+// From what tensors are to what the kernels walk; and every error about a tensor, naming it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../table.h"
+#include "tensor.h"
+
+namespace fusedopt {
+
+// Which parameter an error is about.
+struct ParamName {
+  const char* optimizer;  // the class, as the user knows it
+  size_t group, index;    // param_groups[group]["params"][index]
+  PyObject* param_group;  // the dict: holds "param_names" for named parameters
+
+  // "AdamW: param_groups[0]['params'][3] ('layer.weight')"
+  std::string text() const;
+};
+
+// Throws RuntimeError: "<name>: <what> <problem>".
+[[noreturn]] void fail(const ParamName& name, const std::string& what, const std::string& problem);
+
+// One parameter's streams, as read.
+struct Streams {
+  TensorView view[kMaxStreams];
+  int count;
+};
+
+// Fills row->data and row->numel and returns the layout, null where all streams are dense in one common order.
+// Throws if the shapes differ.
+std::unique_ptr<Layout> plan_row(const Streams& streams, TensorRow* row);
+
+// The memory that the step writes, to find out whether two elements share a byte, or a gradient lies in it.
+class WrittenMemory {
+ public:
+  struct Region {
+    const std::byte *begin, *end;
+    size_t owner;  // the caller's number for the parameter
+    int stream;
+    const std::byte* reach;  // the furthest end of this and all earlier regions
+  };
+
+  void clear();
+  // The row and its layout are kept by address.
+  void add(const TensorRow& row, const Layout* layout, int num_streams, int64_t itemsize, size_t owner);
+  // Sorts, and finds two elements in one place: true, with the two regions they belong to (one and the same if a
+  // tensor overlaps itself).
+  bool find_overlap(Region* a, Region* b);
+
+  // A stretch of memory around an address that nothing written reaches into.
+  struct Gap {
+    const std::byte *begin = nullptr, *end = nullptr;
+    bool holds(const std::byte* from, const std::byte* to) const { return begin <= from && to <= end; }
+  };
+  // Does a gradient share memory with what is written? Not if it is, element for element, a stream of its own row:
+  // every lane is read before it is written. Call find_overlap first. `gap` is set if the answer is a plain no.
+  bool gradient_overlaps(const TensorRow& row, const Layout* layout, int64_t itemsize, size_t owner, Gap* gap,
+                         Region* touched) const;
+
+ private:
+  struct Shape {
+    const TensorRow* row;
+    const Layout* layout;
+    int64_t itemsize;
+  };
+  bool elements_overlap(size_t from, size_t to, Region* a, Region* b) const;
+
+  std::vector<Region> regions_;
+  std::vector<Shape> shapes_;
+};
+
+// The bytes from the first element of a stream to behind its last.
+void stream_extent(const TensorRow& row, const Layout* layout, int stream, int64_t itemsize, const std::byte** begin,
+                   const std::byte** end);
+
+}  // namespace fusedopt

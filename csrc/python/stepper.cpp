@@ -1,0 +1,451 @@
+#include "stepper.h"
+
+#include <cstring>
+
+#include "../cpu/run.h"
+#include "../cpu/target.h"
+
+namespace fusedopt {
+
+// What is known of one parameter from the last step that used it.
+struct Stepper::Entry {
+  PyObject* param = nullptr;  // borrowed: compared, never followed
+  size_t group = 0, index = 0;
+  int variant = 0;
+  bool active = false;  // takes part in this step
+  bool in_memory = false;
+
+  const Signature* signature[kMaxStreams] = {};
+  const Signature* step_signature = nullptr;
+  // Positions for PyDict_Next: of the parameter in the optimizer's state, of the tensors in the parameter's.
+  Py_ssize_t state_at = 0, step_at = 0, item_at[kMaxStates] = {};
+
+  std::byte* step = nullptr;
+  bool step_is_double = false;
+  DType dtype = DType::kFloat32;
+  int num_streams = 0;
+  int64_t grad_bytes = 0;  // from the gradient's first element to behind its last
+  std::unique_ptr<Layout> layout;
+  WrittenMemory::Gap gap;
+
+  double step_count() const {
+    double d;
+    float f;
+    if (step_is_double) return std::memcpy(&d, step, sizeof d), d;
+    return std::memcpy(&f, step, sizeof f), f;
+  }
+  // In the dtype that holds it, as torch's `step += 1`.
+  double next_step_count() const {
+    return step_is_double ? step_count() + 1 : static_cast<float>(static_cast<float>(step_count()) + 1.0f);
+  }
+  void set_step_count(double value) {
+    const float f = static_cast<float>(value);
+    if (step_is_double) {
+      std::memcpy(step, &value, sizeof value);
+    } else {
+      std::memcpy(step, &f, sizeof f);
+    }
+  }
+};
+
+namespace {
+
+// No garbage collection while borrowed pointers are in use: a collection runs users' code.
+class NoCollection {
+ public:
+  NoCollection() : was_enabled_(PyGC_Disable()) {}
+  ~NoCollection() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  NoCollection(const NoCollection&) = delete;
+
+ private:
+  int was_enabled_;
+};
+
+class Held {
+ public:
+  ~Held() {
+    for (PyObject* object : objects_) Py_DECREF(object);
+  }
+  void reserve(size_t n) { objects_.reserve(n); }
+  void take(PyObject* object) { objects_.push_back(object); }  // steals the reference
+  void keep(PyObject* object) { take(Py_NewRef(object)); }
+
+ private:
+  std::vector<PyObject*> objects_;
+};
+
+// Reads a one-element tensor that GradScaler left on the optimizer.
+double read_scalar(const py::object& tensor, const std::string& optimizer, const char* what) {
+  TensorView view;
+  std::string why;
+  if (!read_tensor(tensor.ptr(), &view, &why)) throw std::runtime_error(optimizer + ": " + what + " " + why);
+  if (view.numel() != 1 || view.dtype != DType::kFloat32)
+    throw std::runtime_error(optimizer + ": " + what + " must be a one-element torch.float32 tensor");
+  float value;
+  std::memcpy(&value, view.data, sizeof value);
+  return value;
+}
+
+// The next entry of a dict at a position noted earlier, if it still has that key.
+PyObject* value_at(PyObject* dict, Py_ssize_t position, PyObject* key) {
+  PyObject *found, *value;
+  return PyDict_Next(dict, &position, &found, &value) && found == key ? value : nullptr;
+}
+
+// The value of a key and its position, looked for from `hint` on.
+PyObject* find_value(PyObject* dict, PyObject* key, Py_ssize_t hint, Py_ssize_t* at) {
+  for (const Py_ssize_t from : {hint, Py_ssize_t{0}}) {
+    Py_ssize_t position = from, before = from;
+    PyObject *found, *value;
+    while (PyDict_Next(dict, &position, &found, &value)) {
+      if (found == key) return *at = before, value;
+      before = position;
+    }
+    if (from == 0) break;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+// What one call of step() gathers.
+class Stepper::Scan {
+ public:
+  py::list groups;
+  py::dict state;
+  std::vector<int> variants;
+  std::vector<PyObject*> written;  // the parameters of this step
+  std::vector<Dirty> dirty;
+  std::vector<size_t> moved_grads;
+  Py_ssize_t next_state = 0;  // where the next parameter's state is likely to be
+  bool memory_changed = false;
+  Held held;
+};
+
+Stepper::Stepper(const std::string& rule, std::string optimizer)
+    : rule_(make_rule_driver(Rules{}, rule)),
+      optimizer_(std::move(optimizer)),
+      str_step_(PyUnicode_InternFromString("step")),
+      str_params_(PyUnicode_InternFromString("params")) {
+  for (int k = 0; k < rule_->max_states(); ++k) state_names_[k] = PyUnicode_InternFromString(rule_->state_name(k));
+}
+
+Stepper::~Stepper() = default;
+
+ParamName Stepper::name(const Entry& entry, const Scan& scan) const {
+  return {optimizer_.c_str(), entry.group, entry.index, PyList_GET_ITEM(scan.groups.ptr(), entry.group)};
+}
+
+// The quick way: nothing about the parameter, its gradient or its state is other than at its last step, except where
+// the gradient lies. False sends the parameter to refresh().
+bool Stepper::unchanged(Entry& entry, TensorRow& row, PyObject* param, PyObject* grad, Scan* scan) {
+  if (entry.param != param || entry.variant != scan->variants[entry.group] || !entry.signature[kParam]) return false;
+  std::byte* data;
+  const auto still = [&](const Signature* signature, PyObject* tensor, const std::byte* where) {
+    return signature->matches(tensor, &data) && data == where;
+  };
+  if (!still(entry.signature[kParam], param, row.data[kParam])) return false;
+
+  PyObject* param_state = value_at(scan->state.ptr(), entry.state_at, param);
+  if (!param_state || !PyDict_Check(param_state)) return false;
+  PyObject* step = value_at(param_state, entry.step_at, str_step_);
+  if (!step || !still(entry.step_signature, step, entry.step)) return false;
+  scan->held.keep(step);
+  for (int k = 0; k < entry.num_streams - kState; ++k) {
+    PyObject* tensor = value_at(param_state, entry.item_at[k], state_names_[k]);
+    if (!tensor || !still(entry.signature[kState + k], tensor, row.data[kState + k])) return false;
+    scan->held.keep(tensor);
+  }
+
+  if (!entry.signature[kGrad]->matches(grad, &data)) return false;
+  if (data != row.data[kGrad]) {
+    row.data[kGrad] = data;
+    if (!entry.gap.holds(data, data + entry.grad_bytes)) scan->moved_grads.push_back(&entry - entries_.data());
+  }
+  return true;
+}
+
+// Reads everything about a parameter anew. Without param_state only the parameter and its gradient are checked.
+void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
+  Entry& entry = entries_[dirty.entry];
+  TensorRow& row = rows_[dirty.entry];
+  const ParamName who = name(entry, *scan);
+  Streams streams;
+  std::string why;
+  const auto read = [&](int stream, PyObject* tensor, const std::string& what, bool may_be_lazy) -> PyObject* {
+    if (!read_tensor(tensor, &streams.view[stream], &why)) fail(who, what, why);
+    if (is_lazy_view(tensor)) {
+      if (!may_be_lazy) fail(who, what, "is a conjugate or negative view; call .resolve_conj().resolve_neg() on it");
+      tensor = py::handle(tensor).attr("resolve_conj")().attr("resolve_neg")().release().ptr();
+      scan->held.take(tensor);
+      if (!read_tensor(tensor, &streams.view[stream], &why)) fail(who, what, why);
+      return nullptr;
+    }
+    return tensor;
+  };
+  const auto must_match = [&](int stream, const std::string& what) {
+    const TensorView &got = streams.view[stream], &param = streams.view[kParam];
+    if (got.dtype != param.dtype || got.is_complex != param.is_complex) {
+      fail(who, what,
+           std::string("has dtype ") + dtype_name(got.dtype, got.is_complex) + " but the parameter has " +
+               dtype_name(param.dtype, param.is_complex) +
+               "; convert it to the parameter's dtype (nothing is cast silently)");
+    }
+    if (got.ndim != param.ndim || !std::equal(got.shape, got.shape + got.ndim, param.shape)) {
+      fail(who, what, "has shape " + got.shape_string() + " but the parameter has " + param.shape_string());
+    }
+  };
+
+  read(kParam, dirty.param, "the parameter", false);
+  if (py::handle(dirty.param).attr("is_inference")().cast<bool>() &&
+      !py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>())
+    fail(who, "the parameter", "is an inference tensor and cannot be updated outside torch.inference_mode(); clone it");
+  if (is_tensor(dirty.grad) && py::handle(dirty.grad).attr("is_sparse").cast<bool>()) {
+    throw std::runtime_error(rule_->no_sparse() + std::string(" (") + who.text() + ")");
+  }
+  PyObject* grad = read(kGrad, dirty.grad, "the gradient", true);
+  must_match(kGrad, "the gradient");
+  if (!param_state) return;
+
+  const int variant = scan->variants[entry.group];
+  const int num_states = rule_->num_states(variant);
+  PyObject* tensors[kMaxStreams] = {dirty.param, grad};
+  streams.count = kState + num_states;
+  for (int k = 0; k < num_states; ++k) {
+    const std::string what = std::string("state '") + rule_->state_name(k) + "'";
+    PyObject* tensor = find_value(param_state, state_names_[k], 0, &entry.item_at[k]);
+    if (!tensor)
+      fail(who, what,
+           "is missing: was the option that needs it switched on, or another optimizer's state "
+           "loaded? Delete this parameter's state to begin anew");
+    read(kState + k, tensor, what, false);
+    must_match(kState + k, what);
+    tensors[kState + k] = tensor;
+    scan->held.keep(tensor);
+  }
+  TensorView step;
+  PyObject* step_tensor = find_value(param_state, str_step_, 0, &entry.step_at);
+  if (!step_tensor) fail(who, "state 'step'", "is missing");
+  if (!read_tensor(step_tensor, &step, &why)) fail(who, "state 'step'", why);
+  if (step.numel() != 1 || step.is_complex || (step.dtype != DType::kFloat32 && step.dtype != DType::kFloat64)) {
+    fail(who, "state 'step'",
+         std::string("must be one torch.float32 or torch.float64 number, got ") +
+             dtype_name(step.dtype, step.is_complex) + " of shape " + step.shape_string());
+  }
+  scan->held.keep(step_tensor);
+
+  const TensorRow before = row;
+  std::unique_ptr<Layout> layout = plan_row(streams, &row);
+  bool moved = !entry.in_memory || entry.layout || layout || before.numel != row.numel || entry.variant != variant ||
+               entry.dtype != streams.view[kParam].dtype;
+  for (int k = 0; k < streams.count; ++k) moved |= k != kGrad && before.data[k] != row.data[k];
+  scan->memory_changed |= moved;
+
+  entry.param = dirty.param;
+  entry.variant = variant;
+  entry.dtype = streams.view[kParam].dtype;
+  entry.num_streams = streams.count;
+  entry.layout = std::move(layout);
+  entry.step = step.data;
+  entry.step_is_double = step.dtype == DType::kFloat64;
+  entry.step_signature = Signature::of(step_tensor, step);
+  bool signed_all = entry.step_signature != nullptr && grad != nullptr;
+  for (int k = 0; k < streams.count; ++k) {
+    entry.signature[k] = tensors[k] ? Signature::of(tensors[k], streams.view[k]) : nullptr;
+    signed_all &= entry.signature[k] != nullptr;
+  }
+  if (!signed_all || !Signature::available()) entry.signature[kParam] = nullptr;
+  row.layout = entry.layout.get();
+  row.update = target_->find(rule_->id(), variant, entry.dtype);
+  const std::byte *from, *to;
+  stream_extent(row, row.layout, kGrad, itemsize(entry.dtype), &from, &to);
+  entry.grad_bytes = row.numel ? to - from : 0;
+  if (!entry.gap.holds(from, to)) scan->moved_grads.push_back(dirty.entry);
+}
+
+void Stepper::scan_groups(Scan* scan) {
+  const size_t num_groups = PyList_GET_SIZE(scan->groups.ptr());
+  size_t n = 0;
+  for (size_t g = 0; g < num_groups; ++g) {
+    PyObject* group = PyList_GET_ITEM(scan->groups.ptr(), g);
+    if (!PyDict_Check(group)) throw py::type_error(optimizer_ + ": param_groups must be a list of dicts");
+    scan->variants.push_back(rule_->read_group(g, group, optimizer_.c_str()));
+    PyObject* params = PyDict_GetItemWithError(group, str_params_);
+    if (!params || !PyList_Check(params))
+      throw py::type_error(optimizer_ + ": param_groups[" + std::to_string(g) + "]['params'] must be a list");
+    scan->held.keep(params);
+
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++n) {
+      if (n == entries_.size()) {
+        entries_.emplace_back();
+        rows_.push_back({});
+        scan->memory_changed = true;  // it points to the rows
+      }
+      Entry& entry = entries_[n];
+      TensorRow& row = rows_[n];
+      entry.active = false;
+      row.scalars = nullptr;
+      if (entry.group != g || entry.index != static_cast<size_t>(i)) {
+        entry.param = nullptr;
+        entry.group = g;
+        entry.index = i;
+      }
+      PyObject* param = PyList_GET_ITEM(params, i);
+      if (!is_tensor(param)) fail(name(entry, *scan), "the parameter", "is not a tensor");
+      PyObject* grad = get_grad(param);
+      if (!grad) throw py::error_already_set();
+      scan->held.take(grad);
+      if (grad == Py_None) continue;
+      scan->held.keep(param);
+      entry.active = true;
+      scan->written.push_back(param);
+      if (!unchanged(entry, row, param, grad, scan)) scan->dirty.push_back({n, param, grad});
+    }
+  }
+  if (n < entries_.size()) {
+    entries_.resize(n);
+    rows_.resize(n);
+    scan->memory_changed = true;
+  }
+}
+
+void Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
+  py::list missing;
+  std::vector<size_t> without_state;
+  const auto state_of = [&](const Dirty& dirty) {
+    Entry& entry = entries_[dirty.entry];
+    PyObject* param_state = find_value(scan->state.ptr(), dirty.param, scan->next_state, &entry.state_at);
+    scan->next_state = entry.state_at + 1;
+    return param_state;
+  };
+  for (size_t d = 0; d < scan->dirty.size(); ++d) {
+    const Dirty& dirty = scan->dirty[d];
+    PyObject* param_state = state_of(dirty);
+    if (param_state && !PyDict_Check(param_state))
+      fail(name(entries_[dirty.entry], *scan), "the state", "must be a dict");
+    if (param_state && PyDict_GET_SIZE(param_state) > 0) {
+      refresh(dirty, param_state, scan);
+      continue;
+    }
+    refresh(dirty, nullptr, scan);
+    const int num_states = rule_->num_states(scan->variants[entries_[dirty.entry].group]);
+    py::tuple names(num_states);
+    for (int k = 0; k < num_states; ++k) names[k] = py::reinterpret_borrow<py::object>(state_names_[k]);
+    missing.append(py::make_tuple(py::handle(dirty.param), names));
+    without_state.push_back(d);
+  }
+  if (without_state.empty()) return;
+
+  // All checks have passed: only now does new state come into being.
+  const py::list made = new_states(missing);
+  for (size_t i = 0; i < without_state.size(); ++i) {
+    if (PyObject_SetItem(scan->state.ptr(), scan->dirty[without_state[i]].param, made[i].ptr()) != 0)
+      throw py::error_already_set();
+  }
+  for (const size_t d : without_state) refresh(scan->dirty[d], state_of(scan->dirty[d]), scan);
+}
+
+// No two elements that the step writes may share memory, nor may a gradient lie in what it writes.
+void Stepper::check_memory(Scan* scan) {
+  WrittenMemory::Region a, b;
+  const auto describe = [&](const WrittenMemory::Region& region) {
+    const Entry& entry = entries_[region.owner];
+    return "param_groups[" + std::to_string(entry.group) + "]['params'][" + std::to_string(entry.index) + "]" +
+           (region.stream == kParam ? ""
+                                    : std::string(" (its state '") + rule_->state_name(region.stream - kState) + "')");
+  };
+  const auto rebuild = [&] {
+    memory_.clear();
+    for (size_t n = 0; n < entries_.size(); ++n) {
+      Entry& entry = entries_[n];
+      entry.gap = {};
+      entry.in_memory = entry.active;
+      if (!entry.active) continue;
+      memory_.add(rows_[n], rows_[n].layout, entry.num_streams, itemsize(entry.dtype), n);
+    }
+    if (!memory_.find_overlap(&a, &b)) return;
+    for (Entry& entry : entries_) entry.in_memory = false;
+    const ParamName who = name(entries_[b.owner], *scan);
+    if (a.owner == b.owner && a.stream == b.stream)
+      fail(who, b.stream == kParam ? "the parameter" : describe(b),
+           "has elements that share memory (an expanded tensor?); use a .clone() of it");
+    fail(who, b.stream == kParam ? "the parameter" : describe(b),
+         "shares memory with " + describe(a) + "; give each its own, or list a tied parameter once");
+  };
+  const auto check_grads = [&](bool may_retry) {
+    for (size_t n = 0; n < entries_.size(); ++n) {
+      Entry& entry = entries_[n];
+      const TensorRow& row = rows_[n];
+      if (!entry.active || entry.gap.holds(row.data[kGrad], row.data[kGrad] + entry.grad_bytes)) continue;
+      if (!memory_.gradient_overlaps(row, row.layout, itemsize(entry.dtype), n, &entry.gap, &a)) continue;
+      if (may_retry) return false;
+      fail(name(entry, *scan), "the gradient", "shares memory with " + describe(a) + "; use a .clone() of it");
+    }
+    return true;
+  };
+
+  if (scan->memory_changed) {
+    rebuild();
+    check_grads(false);
+  } else if (!scan->moved_grads.empty() && !check_grads(true)) {
+    rebuild();  // what is known may be out of date for parameters that sit this step out
+    check_grads(false);
+  }
+}
+
+int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
+                      py::object found_inf, int max_threads) {
+  if (busy_) throw std::runtime_error(optimizer_ + ": step() is already running, in another thread or from a hook");
+  struct Busy {
+    bool& flag;
+    explicit Busy(bool& f) : flag(f) { flag = true; }
+    ~Busy() { flag = false; }
+  } busy(busy_);
+
+  if (!found_inf.is_none() && read_scalar(found_inf, optimizer_, "found_inf") != 0) return 0;
+  Unscale unscale;
+  if (!grad_scale.is_none()) {
+    // The reciprocal in double, rounded to float: what GradScaler.unscale_ multiplies by.
+    unscale.wanted = true;
+    unscale.inv_scale = static_cast<float>(1.0 / read_scalar(grad_scale, optimizer_, "grad_scale"));
+  }
+
+  NoCollection no_collection;
+  Scan scan;
+  scan.groups = std::move(param_groups);
+  scan.state = std::move(state);
+  scan.held.reserve(entries_.size() * 6);
+  rule_->begin_step(PyList_GET_SIZE(scan.groups.ptr()), unscale);
+  if (target_ != &current_target()) {
+    target_ = &current_target();
+    for (Entry& entry : entries_) entry.param = nullptr;
+  }
+  scan_groups(&scan);
+  if (!scan.dirty.empty()) refresh_dirty(new_states, &scan);
+  check_memory(&scan);
+
+  int64_t cost = 0;
+  for (size_t n = 0; n < entries_.size(); ++n) {
+    Entry& entry = entries_[n];
+    TensorRow& row = rows_[n];
+    row.start = cost;
+    if (!entry.active) continue;
+    row.scalars = rule_->scalars(entry.group, entry.next_step_count(), entry.dtype);
+    cost += row.numel + kRowCost;
+  }
+  bump_versions(scan.written.data(), scan.written.size());
+
+  // Nothing below can fail.
+  for (Entry& entry : entries_) {
+    if (entry.active) entry.set_step_count(entry.next_step_count());
+  }
+  {
+    py::gil_scoped_release release;
+    run_rows(rows_.data(), static_cast<int64_t>(rows_.size()), cost, max_threads);
+  }
+  return static_cast<int64_t>(scan.written.size());
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,55 @@
+// One optimizer's step: finds out what changed since the last one, checks it, and runs the kernels once.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "rule_driver.h"
+
+namespace fusedopt {
+
+class Stepper {
+ public:
+  // `rule`: its name in the registry; `optimizer`: the class to name in errors.
+  Stepper(const std::string& rule, std::string optimizer);
+  ~Stepper();
+
+  // One step over all groups; torch.optim's param_groups and state. `new_states` makes the state of parameters that
+  // have none: it takes [(parameter, (state name, ...)), ...] and returns [{name: tensor}, ...]. Returns how many
+  // parameters were updated. If it throws, no parameter, state or step count was changed.
+  int64_t step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
+               py::object found_inf, int max_threads);
+
+ private:
+  struct Entry;
+  class Scan;
+  struct Dirty {
+    size_t entry;
+    PyObject *param, *grad;  // held by the scan
+  };
+
+  void scan_groups(Scan* scan);
+  bool unchanged(Entry& entry, TensorRow& row, PyObject* param, PyObject* grad, Scan* scan);
+  void refresh_dirty(const py::function& new_states, Scan* scan);
+  void refresh(const Dirty& dirty, PyObject* param_state, Scan* scan);
+  void check_memory(Scan* scan);
+  ParamName name(const Entry& entry, const Scan& scan) const;
+
+  std::unique_ptr<RuleDriver> rule_;
+  std::string optimizer_;
+  PyObject* str_step_;
+  PyObject* str_params_;
+  PyObject* state_names_[kMaxStates];
+
+  const struct Target* target_ = nullptr;
+  std::vector<Entry> entries_;  // one for each parameter, in the groups' order
+  std::vector<TensorRow> rows_;
+  WrittenMemory memory_;
+  bool busy_ = false;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,120 @@
+"""What all optimizers of this package share: the step, and what torch.optim.Optimizer leaves open around it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._config import _C
+
+
+class FusedOptimizer(Optimizer):
+    """A mixin placed before a class of torch.optim: replaces its step by one native call over all groups.
+
+    Subclasses name their update rule in `_rule`. Everything else, from the constructor to `state_dict`, is the torch
+    class's own.
+    """
+
+    _rule: str
+
+    # GradScaler hands its scale and its verdict to the step (`grad_scale`, `found_inf`) instead of unscaling first.
+    # Torch's own path, taken when differentiable, cannot honour them.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return not self._any_differentiable()
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        pass  # torch's constructor sets it for fused=True
+
+    @cached_property
+    def _stepper(self) -> Any:
+        return _C.Stepper(self._rule, type(self).__name__)
+
+    def _any_differentiable(self) -> bool:
+        return any(group["differentiable"] for group in self.param_groups)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient, in one native call.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; it runs with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: about a parameter, gradient or state that cannot be updated rightly, naming its group, index
+                and name. Nothing was changed by that step.
+        """
+        if self._any_differentiable():
+            return self._torch_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._stepper.step(
+            self.param_groups,
+            self.state,
+            self._new_states,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            torch.get_num_threads(),
+        )
+        return loss
+
+    def _torch_step(self, closure: Callable[[], Any] | None) -> Any:
+        step = super().step
+        # Beneath the wrapper that fires the hooks: ours has fired them.
+        if getattr(step, "hooked", False):
+            return step.__wrapped__(self, closure)
+        return step(closure)
+
+    @staticmethod
+    def _new_states(missing: list[tuple[Tensor, tuple[str, ...]]]) -> list[dict[str, Tensor]]:
+        """Zeros for parameters that have no state yet; the step counts are views of one buffer."""
+        with torch.no_grad():
+            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+            steps = torch.zeros(len(missing), dtype=dtype, device="cpu")
+            return [
+                {
+                    "step": steps[i],
+                    **{name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in names},
+                }
+                for i, (param, names) in enumerate(missing)
+            ]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict replaces whole groups; an option that the checkpoint lacks keeps its present value.
+        for loaded, live in zip(state["param_groups"], self.__dict__.get("param_groups", ()), strict=False):
+            for key, value in live.items():
+                loaded.setdefault(key, value)
+        super().__setstate__(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of the torch class of the same name.
+
+        As in torch, state takes the dtype of its parameter; unlike in torch, a UserWarning says so where that is a change.
+        """
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        cast = [
+            f"{key!r} of parameter {index} from {value.dtype} to {loaded[key].dtype}"
+            for index, param in zip(saved, params, strict=True)
+            if (loaded := self.state.get(param))
+            for key, value in state_dict["state"].get(index, {}).items()
+            if isinstance(value, Tensor) and key in loaded and loaded[key].dtype != value.dtype
+        ]
+        if cast:
+            warnings.warn(
+                f"{type(self).__name__}.load_state_dict: {len(cast)} state tensors were cast to the dtype of their "
+                f"parameters, the first: {cast[0]}",
+                stacklevel=2,
+            )
