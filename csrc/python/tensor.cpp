@@ -137,10 +137,14 @@ bool read_tensor(PyObject* tensor, TensorView* out, std::string* why) {
 struct SignatureLayout {
   bool found = false, enabled = true;
   int64_t impl;     // in the Python object: the TensorImpl
-  int64_t storage;  // in the TensorImpl: the StorageImpl
-  int64_t begin;    // in the TensorImpl: the words compared, from the number of dimensions ...
-  int words;        // ... to the dispatch keys
-  int64_t data;     // in the StorageImpl: address, context, deleter
+  int64_t storage;  // in the TensorImpl: the StorageImpl,
+  int64_t shape;    // number of dimensions, sizes, strides,
+  int64_t offset;   // offset from the start of the storage, in elements,
+  int64_t dtype;    // dtype and device, then flags and unused bits,
+  int64_t keys;     // dispatch keys: these tell conjugate, negative, sparse, fake ... tensors
+  int64_t data;     // in the StorageImpl: the address,
+  int64_t deleter;  // and what frees it, which changes when the memory becomes copy-on-write
+  static constexpr uint64_t kDtypeAndDevice = 0xffffffff;
 
   template <class T>
   static T at(const void* base, int64_t offset) {
@@ -148,8 +152,7 @@ struct SignatureLayout {
     std::memcpy(&value, static_cast<const char*>(base) + offset, sizeof value);
     return value;
   }
-
-  static uint64_t integer(const py::object& o) { return o.cast<uint64_t>(); }
+  const char* record(PyObject* tensor) const { return at<const char*>(tensor, impl); }
 
   // The offset of the first word equal to `value` in [from, to), or -1.
   static int64_t find(const void* base, int64_t from, int64_t to, uint64_t value) {
@@ -159,43 +162,57 @@ struct SignatureLayout {
     return -1;
   }
 
+  // The offset of the one word in [from, to) in which two records differ, or -1.
+  int64_t find_difference(const py::object& a, const py::object& b, int64_t from, int64_t to) const {
+    int64_t found = -1;
+    for (int64_t offset = from; offset < to; offset += 8) {
+      if (at<uint64_t>(record(a.ptr()), offset) == at<uint64_t>(record(b.ptr()), offset)) continue;
+      if (found >= 0) return -1;
+      found = offset;
+    }
+    return found;
+  }
+
   // Fills the fields from what Python and DLPack say of a few tensors.
   bool locate(py::handle torch) {
-    const py::object slice = torch.attr("zeros")(py::make_tuple(5, 7)).attr("__getitem__")(py::slice(1, 5, 1));
+    const auto integer = [](const py::object& o) { return o.cast<uint64_t>(); };
+    const py::object zeros = torch.attr("zeros");
+    const py::object slice = zeros(py::make_tuple(5, 7)).attr("__getitem__")(py::slice(1, 5, 1));
     const py::object owner = slice.attr("untyped_storage")();
     impl = find(slice.ptr(), sizeof(PyObject), Py_TYPE(slice.ptr())->tp_basicsize, integer(slice.attr("_cdata")));
     if (impl < 0) return false;
-    const char* record = at<const char*>(slice.ptr(), impl);
+    const char* tensor = record(slice.ptr());
 
     dlpack::Tensor raw;
     if (api->from_object(slice.ptr(), &raw) != 0) return PyErr_Clear(), false;
-    const int64_t sizes = reinterpret_cast<const char*>(raw.shape) - record;
-    const int64_t strides = reinterpret_cast<const char*>(raw.strides) - record;
-    constexpr int64_t kInlineDims = 5;  // sizes and strides of up to 5 dimensions lie in the record itself
-    if (sizes < 24 || sizes > 160 || strides != sizes + 8 * kInlineDims) return false;
-    begin = sizes - 8;
-    if (at<uint64_t>(record, begin) != 2) return false;
-    const int64_t behind = strides + 8 * kInlineDims;
+    const int64_t sizes = reinterpret_cast<const char*>(raw.shape) - tensor;
+    const int64_t strides = reinterpret_cast<const char*>(raw.strides) - tensor;
+    if (sizes < 24 || sizes > 160 || strides != sizes + 8 * Signature::kInlineDims) return false;
+    shape = sizes - 8;
+    if (at<uint64_t>(tensor, shape) != 2) return false;
 
-    storage = find(record, 8, begin, integer(owner.attr("_cdata")));
-    if (storage < 0) return false;
-    data = find(at<const char*>(record, storage), 8, 40, integer(owner.attr("data_ptr")()));
-    if (data < 0) return false;
-
-    // The dispatch keys: the one word in which a tensor and its negative view differ.
-    const py::object z = torch.attr("zeros")(2, py::arg("dtype") = torch.attr("complex64"));
-    const py::object imag = z.attr("imag"), negative = z.attr("conj")().attr("imag");
-    const char* a = at<const char*>(imag.ptr(), impl);
-    const char* b = at<const char*>(negative.ptr(), impl);
-    int64_t keys = -1;
-    for (int64_t offset = behind; offset < behind + 32; offset += 8) {
-      if (at<uint64_t>(a, offset) == at<uint64_t>(b, offset)) continue;
-      if (keys >= 0) return false;
-      keys = offset;
-    }
+    // Behind the strides: offset, number of elements, dtype and device, keys. The dtype is what differs between two
+    // tensors that differ in nothing else; the keys, between a tensor and its negative view.
+    const int64_t behind = strides + 8 * Signature::kInlineDims;
+    offset = find(tensor, behind, behind + 32, 7);
+    dtype = find_difference(zeros(3), zeros(3, py::arg("dtype") = torch.attr("bfloat16")), behind, behind + 32);
+    if (offset < 0 || dtype < 0) return false;
+    const py::object z = zeros(2, py::arg("dtype") = torch.attr("complex64"));
+    keys = find_difference(z.attr("imag"), z.attr("conj")().attr("imag"), dtype + 8, behind + 32);
     if (keys < 0) return false;
-    words = static_cast<int>((keys + 8 - begin) / 8);
-    return words <= Signature::kWords;
+
+    storage = find(tensor, 8, shape, integer(owner.attr("_cdata")));
+    if (storage < 0) return false;
+    const char* memory = at<const char*>(tensor, storage);
+    data = find(memory, 8, 40, integer(owner.attr("data_ptr")()));
+    if (data < 0) return false;
+    // Beside the address lie the deleter, the same for all of torch's own memory, and its argument, which never is.
+    const py::object another = zeros(3);
+    const char* elsewhere = at<const char*>(record(another.ptr()), storage);
+    const bool first = at<uint64_t>(memory, data + 8) == at<uint64_t>(elsewhere, data + 8);
+    const bool second = at<uint64_t>(memory, data + 16) == at<uint64_t>(elsewhere, data + 16);
+    deleter = data + (first ? 8 : 16);
+    return first != second;
   }
 
   // Changes tensors in every way there is to change one in place; each must be noticed.
@@ -250,15 +267,18 @@ bool Signature::available() { return layout.found && layout.enabled; }
 void Signature::set_enabled(bool enabled) { layout.enabled = enabled; }
 
 const Signature* Signature::of(PyObject* tensor, const TensorView& view) {
-  if (!layout.found || view.ndim > 5) return nullptr;
-  const char* record = SignatureLayout::at<const char*>(tensor, layout.impl);
-  const char* storage = SignatureLayout::at<const char*>(record, layout.storage);
-  if (!storage) return nullptr;
+  if (!layout.found || view.ndim > kInlineDims) return nullptr;
+  const char* record = layout.record(tensor);
+  const char* memory = SignatureLayout::at<const char*>(record, layout.storage);
+  if (!memory) return nullptr;
   Signature s;
-  std::memset(s.words_, 0, sizeof s.words_);
-  std::memcpy(s.words_, record + layout.begin, 8 * layout.words);
-  s.deleter_ = SignatureLayout::at<uint64_t>(storage, layout.data + 16);
-  s.offset_ = view.data - SignatureLayout::at<std::byte*>(storage, layout.data);
+  std::memcpy(s.shape_, record + layout.shape, sizeof s.shape_);
+  s.dtype_and_device_ = SignatureLayout::at<uint64_t>(record, layout.dtype) & SignatureLayout::kDtypeAndDevice;
+  s.keys_ = SignatureLayout::at<uint64_t>(record, layout.keys);
+  s.deleter_ = SignatureLayout::at<uint64_t>(memory, layout.deleter);
+  s.itemsize_ = view.itemsize() * (view.is_complex ? 2 : 1);
+  std::byte* address;
+  if (!s.matches(tensor, &address) || address != view.data) return nullptr;
 
   // As many as there are different shapes; kept for the life of the process.
   static auto* pool = new std::map<std::string, Signature>;
@@ -267,14 +287,18 @@ const Signature* Signature::of(PyObject* tensor, const TensorView& view) {
 }
 
 bool Signature::matches(PyObject* tensor, std::byte** data) const {
-  const char* record = SignatureLayout::at<const char*>(tensor, layout.impl);
-  const char* storage = SignatureLayout::at<const char*>(record, layout.storage);
-  uint64_t difference = storage == nullptr;
-  for (int i = 0; i < layout.words; ++i)
-    difference |= words_[i] ^ SignatureLayout::at<uint64_t>(record, layout.begin + 8 * i);
+  const char* record = layout.record(tensor);
+  const char* memory = SignatureLayout::at<const char*>(record, layout.storage);
+  uint64_t difference = memory == nullptr;
+  for (int i = 0; i < kShapeWords; ++i)
+    difference |= shape_[i] ^ SignatureLayout::at<uint64_t>(record, layout.shape + 8 * i);
+  difference |= (dtype_and_device_ ^ SignatureLayout::at<uint64_t>(record, layout.dtype)) &
+                SignatureLayout::kDtypeAndDevice;
+  difference |= keys_ ^ SignatureLayout::at<uint64_t>(record, layout.keys);
   if (difference) return false;
-  *data = SignatureLayout::at<std::byte*>(storage, layout.data) + offset_;
-  return SignatureLayout::at<uint64_t>(storage, layout.data + 16) == deleter_;
+  *data = SignatureLayout::at<std::byte*>(memory, layout.data) +
+          SignatureLayout::at<int64_t>(record, layout.offset) * itemsize_;
+  return SignatureLayout::at<uint64_t>(memory, layout.deleter) == deleter_;
 }
 
 namespace {

@@ -60,10 +60,11 @@ class Signature {
   bool matches(PyObject* tensor, std::byte** data) const;
 
  private:
-  static constexpr int kWords = 24;
-  uint64_t words_[kWords];
-  uint64_t deleter_;
-  int64_t offset_;  // of the data from the start of the storage, in bytes
+  static constexpr int kInlineDims = 5;  // sizes and strides of so many dimensions lie in the record itself
+  static constexpr int kShapeWords = 1 + 2 * kInlineDims;
+  uint64_t shape_[kShapeWords];  // number of dimensions, sizes, strides
+  uint64_t dtype_and_device_, keys_, deleter_;
+  int64_t itemsize_;
   friend struct SignatureLayout;
 };
 
