@@ -286,6 +286,20 @@ const Signature* Signature::of(PyObject* tensor, const TensorView& view) {
   return &pool->emplace(key, s).first->second;
 }
 
+Signature::Hint Signature::hint(PyObject* tensor) {
+  if (!layout.found) return {};
+  const char* record = layout.record(tensor);
+  return {reinterpret_cast<const char*>(tensor), record, SignatureLayout::at<const char*>(record, layout.storage)};
+}
+
+void Signature::Hint::prefetch() const {
+  __builtin_prefetch(object);
+  __builtin_prefetch(record);
+  __builtin_prefetch(record + 64);
+  __builtin_prefetch(record + 128);
+  __builtin_prefetch(memory);
+}
+
 bool Signature::matches(PyObject* tensor, std::byte** data) const {
   const char* record = layout.record(tensor);
   const char* memory = SignatureLayout::at<const char*>(record, layout.storage);

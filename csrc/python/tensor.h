@@ -56,6 +56,12 @@ class Signature {
   static void set_enabled(bool enabled);
   // The interned signature of a tensor that was just read; null where it has none.
   static const Signature* of(PyObject* tensor, const TensorView& view);
+  // Where a tensor's records lie: only ever a hint of what to fetch into the cache early, stale or not.
+  struct Hint {
+    const char *object = nullptr, *record = nullptr, *memory = nullptr;
+    void prefetch() const;
+  };
+  static Hint hint(PyObject* tensor);
   // If the tensor still has this signature: its address now.
   bool matches(PyObject* tensor, std::byte** data) const;
 
