@@ -1,13 +1,11 @@
-"""Fused multi-tensor optimizers for PyTorch: the classes of torch.optim, one native call a step, the same bits everywhere.
+"""Fused multi-tensor optimizers for PyTorch: torch.optim's classes, one native call a step, the same bits everywhere.
 
 import fusedopt
 optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4)
 """
 
-import torch  # first: the native core finds torch's OpenMP runtime and tensor records in the process
-
-from ._config import show_config, __version__
+from ._config import __version__, show_config
 from .adam import Adam
 from .adamw import AdamW
 
-__all__ = ["Adam", "AdamW", "show_config", "__version__"]
+__all__ = ["Adam", "AdamW", "__version__", "show_config"]

@@ -8,6 +8,7 @@ import torch
 
 
 def _load() -> ModuleType:
+    # After torch: the core borrows torch's OpenMP runtime and reads tensors by torch's own exchange table.
     core = import_module("fusedopt._C")
     core.bind_torch(torch)
     wanted = os.environ.get("FUSEDOPT_CPU_CAPABILITY")
@@ -27,19 +28,19 @@ __version__: str = _C.build_info()["version"]
 def show_config() -> str:
     """Return, one fact a line, what this build holds and what it chose on this machine.
 
-    Version and compiler; the CPU instruction sets built, usable and chosen (FUSEDOPT_CPU_CAPABILITY=default|avx2|avx512
-    forces one); CUDA, and why not; torch's version; threads (torch.set_num_threads); how tensors are re-checked in a
-    step.
+    Version and compiler; the CPU instruction sets chosen, usable and built (FUSEDOPT_CPU_CAPABILITY=default|avx2|avx512
+    forces one); CUDA, and why not; torch's version; threads (set by torch.set_num_threads); how a step makes sure that
+    tensors are what they were.
     """
     info = _C.build_info()
-    threads = f"{torch.get_num_threads()} (torch's OpenMP pool)" if info["threads"] else "1 (no OpenMP pool to share)"
+    usable, built = ", ".join(info["cpu_usable"]), ", ".join(info["cpu_built"])
     facts = {
         "fusedopt": info["version"],
         "compiler": info["compiler"],
-        "cpu": f"{info['cpu_capability']} (usable: {', '.join(info['cpu_usable'])}; built: {', '.join(info['cpu_built'])})",
+        "cpu": f"{info['cpu_capability']} (usable: {usable}; built: {built})",
         "cuda": info["cuda"],
         "torch": torch.__version__,
-        "threads": threads,
-        "tensor checks": "by signature" if info["signatures"] else "through DLPack (slower; this torch is unknown)",
+        "threads": f"{torch.get_num_threads()} of torch's pool" if info["threads"] else "1: no OpenMP pool to share",
+        "tensor checks": "signatures" if info["signatures"] else "DLPack: slower, this torch keeps other records",
     }
-    return "\n".join(f"{name + ':':15}{value}" for name, value in facts.items())
+    return "\n".join(f"{name + ':':<15}{value}" for name, value in facts.items())

@@ -70,7 +70,7 @@ class FusedOptimizer(Optimizer):
         return loss
 
     def _torch_step(self, closure: Callable[[], Any] | None) -> Any:
-        step = super().step
+        step: Any = super().step
         # Beneath the wrapper that fires the hooks: ours has fired them.
         if getattr(step, "hooked", False):
             return step.__wrapped__(self, closure)
@@ -100,7 +100,8 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of the torch class of the same name.
 
-        As in torch, state takes the dtype of its parameter; unlike in torch, a UserWarning says so where that is a change.
+        As in torch, state takes the dtype of its parameter; unlike in torch, a UserWarning says so where that casts.
+        Options that the checkpoint's groups lack keep their present values.
         """
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]

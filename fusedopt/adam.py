@@ -6,4 +6,41 @@ from ._optimizer import FusedOptimizer
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
+    r"""Adam, with L2 or decoupled weight decay, and AMSGrad: a drop-in for :class:`torch.optim.Adam`.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \theta_t &= \theta_{t-1} - \frac{lr}{1 - \beta_1^t} \;
+            m_t \Big/ \left( \sqrt{v_t} \big/ \sqrt{1 - \beta_2^t} + \epsilon \right)
+
+    from `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_ (Kingma and Ba 2014,
+    algorithm 1); with ``amsgrad``, :math:`v_t` under the root is its running maximum, from
+    `On the Convergence of Adam and Beyond <https://openreview.net/forum?id=ryQu7f-RZ>`_ (Reddi et al. 2018).
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts of groups with their own options. Strided CPU tensors of
+            any shape and layout, of dtype float32, float64, bfloat16, float16 (arithmetic in float32, each stored value
+            rounded once), complex64 or complex128 (as their real views).
+        lr: learning rate, a float or a one-element tensor, whose value is read in every step (default: 1e-3).
+        betas: decay rates of the moments, floats or one-element tensors, 0 <= beta < 1 (default: (0.9, 0.999)).
+        eps: added to the denominator (default: 1e-8). Moments below the smallest normal number of the arithmetic
+            (1.2e-38, or 2.2e-308 for float64) are stored as zero if eps >= 1e-10.
+        weight_decay: coefficient (default: 0).
+        amsgrad: use the running maximum of the second moment (default: False).
+        foreach: accepted as torch accepts it; the native path is taken whatever it says.
+        maximize: ascend (default: False).
+        capturable: accepted; on the CPU there is nothing to capture and it changes nothing.
+        differentiable: True takes torch's own for-loop, through which autograd can run (default: False).
+        fused: accepted as torch accepts it; every step is fused.
+        decoupled_weight_decay: decay the parameter itself, as AdamW does, instead of adding to the gradient
+            (default: False).
+
+    Raises:
+        ValueError: an option out of range, as torch raises it.
+        RuntimeError: in :meth:`step`, about a parameter, gradient or state that cannot be updated rightly.
+
+    The state of a parameter, made at its first step: ``step`` (0-d), ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
+    ``max_exp_avg_sq`` (the parameter's shape and dtype): torch's own, so checkpoints go both ways.
+    """
+
     _rule = "adam"
