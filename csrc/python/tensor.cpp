@@ -345,7 +345,7 @@ void bump_versions(PyObject* const* tensors, size_t count) {
   }
   py::list list(count);
   for (size_t i = 0; i < count; ++i) list[i] = py::reinterpret_borrow<py::object>(tensors[i]);
-  py::handle(increment_version)(list);
+  py::reinterpret_borrow<py::object>(increment_version)(list);
 }
 
 void bind_torch(py::handle torch) {
