@@ -37,7 +37,7 @@ struct TensorRow {
   std::byte* data[kMaxStreams];
   int64_t numel;
   const Layout* layout;  // null when all streams are dense in one common order: the usual case
-  const void* scalars;   // the rule's scalars for this row's group and step, in opmath
+  const void* scalars;   // the rule's, for this row's group and step, in opmath; null: the row sits this step out
   UpdateFn update;
   int64_t start;  // where this row begins in the step's running total of cost
 };

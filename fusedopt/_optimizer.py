@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cached_property
+from sys import intern
 from typing import Any
 
 import torch
@@ -95,6 +96,12 @@ class FusedOptimizer(Optimizer):
         for loaded, live in zip(state["param_groups"], self.__dict__.get("param_groups", ()), strict=False):
             for key, value in live.items():
                 loaded.setdefault(key, value)
+        # The native scan knows a state by its very key; strings read from a file are others.
+        for param_state in state["state"].values():
+            if isinstance(param_state, dict):
+                items = [(intern(key) if type(key) is str else key, value) for key, value in param_state.items()]
+                param_state.clear()
+                param_state.update(items)
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -143,6 +143,7 @@ void run(const TensorRow* rows, int64_t num_rows, int64_t begin, int64_t end) {
     (rows[middle].start <= begin ? low : high) = middle;
   }
   for (const TensorRow* row = rows + low; row != rows + num_rows && row->start < end; ++row) {
+    if (!row->scalars) continue;
     const int64_t from = piece_boundary(*row, begin), to = piece_boundary(*row, end);
     if (from < to) row->update(*row, from, to);
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <tuple>
 
 namespace fusedopt {
 
@@ -87,10 +88,9 @@ std::unique_ptr<Layout> plan_row(const Streams& streams, TensorRow* row) {
   return layout;
 }
 
-void stream_extent(const TensorRow& row, const Layout* layout, int stream, int64_t itemsize, const std::byte** begin,
-                   const std::byte** end) {
+void stream_extent(const TensorRow& row, int stream, int64_t itemsize, const std::byte** begin, const std::byte** end) {
   int64_t last = row.numel - 1;
-  if (layout) {
+  if (const Layout* layout = row.layout) {
     last = 0;
     for (int d = 0; d < layout->ndim; ++d) last += (layout->dim[d].size - 1) * layout->dim[d].stride[stream];
   }
@@ -102,10 +102,10 @@ namespace {
 
 // Calls visit(address) for every byte of every element of a stream, until it returns true; then returns true.
 template <class Visit>
-bool any_byte(const TensorRow& row, const Layout* layout, int stream, int64_t itemsize, Visit visit) {
+bool any_byte_of(const TensorRow& row, int stream, int64_t itemsize, Visit visit) {
   for (int64_t e = 0; e < row.numel; ++e) {
     int64_t offset = e;
-    if (layout) {
+    if (const Layout* layout = row.layout) {
       offset = 0;
       int64_t rest = e;
       for (int d = layout->ndim - 1; d >= 0; --d) {
@@ -122,25 +122,41 @@ bool any_byte(const TensorRow& row, const Layout* layout, int stream, int64_t it
 
 }  // namespace
 
+template <class Visit>
+bool WrittenMemory::any_byte(const Region& region, Visit visit) const {
+  const Shape& shape = shapes_[region.owner];
+  if (region.stream != kStepCount) return any_byte_of(*shape.row, region.stream, shape.itemsize, visit);
+  for (const std::byte* at = region.begin; at != region.end; ++at) {
+    if (visit(at)) return true;
+  }
+  return false;
+}
+
 void WrittenMemory::clear() {
   regions_.clear();
   shapes_.clear();
 }
 
-void WrittenMemory::add(const TensorRow& row, const Layout* layout, int num_streams, int64_t itemsize, size_t owner) {
-  if (row.numel == 0) return;
+void WrittenMemory::add(const TensorRow& row, int num_streams, int64_t itemsize, size_t owner) {
   if (shapes_.size() <= owner) shapes_.resize(owner + 1);
-  shapes_[owner] = {&row, layout, itemsize};
+  shapes_[owner] = {&row, itemsize};
+  if (row.numel == 0) return;
   for (int k = 0; k < num_streams; ++k) {
     if (k == kGrad) continue;
     Region region{nullptr, nullptr, owner, k, nullptr};
-    stream_extent(row, layout, k, itemsize, &region.begin, &region.end);
+    stream_extent(row, k, itemsize, &region.begin, &region.end);
     regions_.push_back(region);
   }
 }
 
+void WrittenMemory::add_step_count(const std::byte* step, int64_t itemsize, size_t owner) {
+  regions_.push_back({step, step + itemsize, owner, kStepCount, nullptr});
+}
+
 bool WrittenMemory::find_overlap(Region* a, Region* b) {
-  std::sort(regions_.begin(), regions_.end(), [](const Region& x, const Region& y) { return x.begin < y.begin; });
+  std::sort(regions_.begin(), regions_.end(), [](const Region& x, const Region& y) {
+    return std::tie(x.begin, x.owner, x.stream) < std::tie(y.begin, y.owner, y.stream);
+  });
   const std::byte* reach = nullptr;
   for (Region& region : regions_) region.reach = reach = std::max(reach, region.end);
 
@@ -148,8 +164,8 @@ bool WrittenMemory::find_overlap(Region* a, Region* b) {
     // A cluster: regions whose extents touch. Alone and dense is the usual case.
     size_t next = i + 1;
     while (next < regions_.size() && regions_[next].begin < regions_[next - 1].reach) ++next;
-    const bool alone_and_dense = next == i + 1 && !shapes_[regions_[i].owner].layout;
-    if (!alone_and_dense && elements_overlap(i, next, a, b)) return true;
+    const bool dense = regions_[i].stream == kStepCount || !shapes_[regions_[i].owner].row->layout;
+    if (!(next == i + 1 && dense) && elements_overlap(i, next, a, b)) return true;
     i = next;
   }
   return false;
@@ -160,33 +176,28 @@ bool WrittenMemory::elements_overlap(size_t from, size_t to, Region* a, Region* 
   const std::byte* begin = regions_[from].begin;
   std::vector<bool> written(static_cast<size_t>(regions_[to - 1].reach - begin));
   for (size_t i = from; i < to; ++i) {
-    const Shape& shape = shapes_[regions_[i].owner];
     const std::byte* shared = nullptr;
-    any_byte(*shape.row, shape.layout, regions_[i].stream, shape.itemsize, [&](const std::byte* at) {
+    any_byte(regions_[i], [&](const std::byte* at) {
       if (written[at - begin]) return shared = at, true;
       written[at - begin] = true;
       return false;
     });
     if (!shared) continue;
     *b = regions_[i];
-    for (size_t j = from; j <= i; ++j) {
-      const Shape& other = shapes_[regions_[j].owner];
-      *a = regions_[j];
-      if (any_byte(*other.row, other.layout, regions_[j].stream, other.itemsize,
-                   [&](const std::byte* at) { return at == shared; }))
-        break;
-    }
+    size_t j = from;
+    while (j < i && !any_byte(regions_[j], [&](const std::byte* at) { return at == shared; })) ++j;
+    *a = regions_[j];
     return true;
   }
   return false;
 }
 
-bool WrittenMemory::gradient_overlaps(const TensorRow& row, const Layout* layout, int64_t itemsize, size_t owner,
-                                      Gap* gap, Region* touched) const {
+bool WrittenMemory::gradient_overlaps(const TensorRow& row, int64_t itemsize, size_t owner, Gap* gap,
+                                      Region* touched) const {
   *gap = {};
   if (row.numel == 0) return false;
   const std::byte *from, *to;
-  stream_extent(row, layout, kGrad, itemsize, &from, &to);
+  stream_extent(row, kGrad, itemsize, &from, &to);
   const auto next = std::lower_bound(regions_.begin(), regions_.end(), to,
                                      [](const Region& r, const std::byte* p) { return r.begin < p; });
   const std::byte* reach = next == regions_.begin() ? nullptr : std::prev(next)->reach;
@@ -195,21 +206,20 @@ bool WrittenMemory::gradient_overlaps(const TensorRow& row, const Layout* layout
     return false;
   }
 
-  std::vector<bool> read(static_cast<size_t>(to - from));
-  any_byte(row, layout, kGrad, itemsize, [&](const std::byte* at) { return read[at - from] = true, false; });
-  for (auto region = regions_.begin(); region != next; ++region) {
-    if (region->end <= from) continue;
-    if (region->owner == owner && row.data[region->stream] == row.data[kGrad]) {
-      bool same = true;
-      for (int d = 0; layout && d < layout->ndim; ++d)
-        same &= layout->dim[d].stride[kGrad] == layout->dim[d].stride[region->stream];
-      if (same) continue;
+  const auto is_own_stream = [&](const Region& region) {
+    if (region.owner != owner || region.stream == kStepCount || row.data[region.stream] != row.data[kGrad])
+      return false;
+    for (int d = 0; row.layout && d < row.layout->ndim; ++d) {
+      if (row.layout->dim[d].stride[kGrad] != row.layout->dim[d].stride[region.stream]) return false;
     }
-    const Shape& shape = shapes_[region->owner];
+    return true;
+  };
+  std::vector<bool> read(static_cast<size_t>(to - from));
+  any_byte_of(row, kGrad, itemsize, [&](const std::byte* at) { return read[at - from] = true, false; });
+  for (auto region = regions_.begin(); region != next; ++region) {
+    if (region->end <= from || is_own_stream(*region)) continue;
     *touched = *region;
-    if (any_byte(*shape.row, shape.layout, region->stream, shape.itemsize,
-                 [&](const std::byte* at) { return from <= at && at < to && read[at - from]; }))
-      return true;
+    if (any_byte(*region, [&](const std::byte* at) { return from <= at && at < to && read[at - from]; })) return true;
   }
   return false;
 }

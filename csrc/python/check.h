@@ -43,9 +43,13 @@ class WrittenMemory {
     const std::byte* reach;  // the furthest end of this and all earlier regions
   };
 
+  // The stream of a region that is a parameter's step count.
+  static constexpr int kStepCount = kMaxStreams;
+
   void clear();
   // The row and its layout are kept by address.
-  void add(const TensorRow& row, const Layout* layout, int num_streams, int64_t itemsize, size_t owner);
+  void add(const TensorRow& row, int num_streams, int64_t itemsize, size_t owner);
+  void add_step_count(const std::byte* step, int64_t itemsize, size_t owner);
   // Sorts, and finds two elements in one place: true, with the two regions they belong to (one and the same if a
   // tensor overlaps itself).
   bool find_overlap(Region* a, Region* b);
@@ -57,15 +61,15 @@ class WrittenMemory {
   };
   // Does a gradient share memory with what is written? Not if it is, element for element, a stream of its own row:
   // every lane is read before it is written. Call find_overlap first. `gap` is set if the answer is a plain no.
-  bool gradient_overlaps(const TensorRow& row, const Layout* layout, int64_t itemsize, size_t owner, Gap* gap,
-                         Region* touched) const;
+  bool gradient_overlaps(const TensorRow& row, int64_t itemsize, size_t owner, Gap* gap, Region* touched) const;
 
  private:
   struct Shape {
     const TensorRow* row;
-    const Layout* layout;
     int64_t itemsize;
   };
+  template <class Visit>
+  bool any_byte(const Region& region, Visit visit) const;
   bool elements_overlap(size_t from, size_t to, Region* a, Region* b) const;
 
   std::vector<Region> regions_;
@@ -73,7 +77,6 @@ class WrittenMemory {
 };
 
 // The bytes from the first element of a stream to behind its last.
-void stream_extent(const TensorRow& row, const Layout* layout, int stream, int64_t itemsize, const std::byte** begin,
-                   const std::byte** end);
+void stream_extent(const TensorRow& row, int stream, int64_t itemsize, const std::byte** begin, const std::byte** end);
 
 }  // namespace fusedopt

@@ -62,12 +62,27 @@ class Group {
 
   double number(int key) const { return as_number(get(key), key); }
 
+  // One of a pair of numbers.
   double number(int key, Py_ssize_t item) const {
     PyObject* pair = get(key);
     if (PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) > item) return as_number(PyTuple_GET_ITEM(pair, item), key);
     const py::object value = py::reinterpret_steal<py::object>(PySequence_GetItem(pair, item));
-    if (!value) throw py::error_already_set();
-    return as_number(value.ptr(), key);
+    if (value) return as_number(value.ptr(), key);
+    const bool short_pair = PyErr_ExceptionMatches(PyExc_IndexError);
+    PyErr_Clear();
+    const std::string problem = where(key) + " must be a pair of numbers, got " + py::repr(pair).cast<std::string>();
+    if (short_pair) throw py::index_error(problem);
+    throw py::type_error(problem);
+  }
+
+  // A number that is a tensor.
+  TensorView tensor(PyObject* value, int key) const {
+    TensorView view;
+    std::string why;
+    if (!read_tensor(value, &view, &why)) throw py::type_error(where(key) + " " + why);
+    if (view.numel() != 1 || view.is_complex || is_lazy_view(value))
+      throw py::type_error(where(key) + " must be one real number, got a tensor of shape " + view.shape_string());
+    return view;
   }
 
   bool flag(int key) const {
@@ -86,7 +101,8 @@ class Group {
  private:
   double as_number(PyObject* value, int key) const {
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-    const double number = PyFloat_AsDouble(value);  // int, NumPy scalar, one-element tensor
+    if (is_tensor(value)) return tensor(value, key).first();
+    const double number = PyFloat_AsDouble(value);  // int, NumPy scalar
     if (number == -1.0 && PyErr_Occurred()) {
       PyErr_Clear();
       throw py::type_error(where(key) + " must be a number or a one-element tensor, got " +
@@ -144,7 +160,7 @@ class RuleDriverOf final : public RuleDriver {
     PyObject* lr = group.get(Rule::kLr);
     g.lr = group.number(Rule::kLr);
     g.lr_is_tensor = is_tensor(lr);
-    if (g.lr_is_tensor) g.lr_dtype = dtype_of_lr(lr, group);
+    if (g.lr_is_tensor) g.lr_dtype = group.tensor(lr, Rule::kLr).dtype;
     return Rule::variant(group);
   }
 
@@ -185,14 +201,6 @@ class RuleDriverOf final : public RuleDriver {
                                        unscale_.inv_scale);
     }
     return Rule::template scalars<T>(g.options, g.lr, step, unscale_.wanted, unscale_.inv_scale);
-  }
-
-  static DType dtype_of_lr(PyObject* lr, const Group& group) {
-    const std::string name = py::str(py::handle(lr).attr("dtype")).cast<std::string>();
-    for (int d = 0; d < kNumDTypes; ++d) {
-      if (name == dtype_name(static_cast<DType>(d), false)) return static_cast<DType>(d);
-    }
-    throw py::type_error(group.where(Rule::kLr) + " must be a floating-point tensor, got " + name);
   }
 
   PyObject* keys_[Rule::kNumKeys];

@@ -94,9 +94,7 @@ double read_scalar(const py::object& tensor, const std::string& optimizer, const
   if (!read_tensor(tensor.ptr(), &view, &why)) throw std::runtime_error(optimizer + ": " + what + " " + why);
   if (view.numel() != 1 || view.dtype != DType::kFloat32)
     throw std::runtime_error(optimizer + ": " + what + " must be a one-element torch.float32 tensor");
-  float value;
-  std::memcpy(&value, view.data, sizeof value);
-  return value;
+  return view.first();
 }
 
 // The next entry of a dict at a position noted earlier, if it still has that key.
@@ -105,13 +103,15 @@ PyObject* value_at(PyObject* dict, Py_ssize_t position, PyObject* key) {
   return PyDict_Next(dict, &position, &found, &value) && found == key ? value : nullptr;
 }
 
-// The value of a key and its position, looked for from `hint` on.
+// The value of a key, a string or an object compared by identity, and its position, looked for from `hint` on.
 PyObject* find_value(PyObject* dict, PyObject* key, Py_ssize_t hint, Py_ssize_t* at) {
   for (const Py_ssize_t from : {hint, Py_ssize_t{0}}) {
     Py_ssize_t position = from, before = from;
     PyObject *found, *value;
     while (PyDict_Next(dict, &position, &found, &value)) {
-      if (found == key) return *at = before, value;
+      // Strings from a file may be equal and not the same.
+      const bool both = PyUnicode_Check(found) && PyUnicode_Check(key);
+      if (found == key || (both && PyUnicode_Compare(found, key) == 0)) return *at = before, value;
       before = position;
     }
     if (from == 0) break;
@@ -130,9 +130,16 @@ class Stepper::Scan {
   std::vector<PyObject*> written;  // the parameters of this step
   std::vector<Dirty> dirty;
   std::vector<size_t> moved_grads;
-  Py_ssize_t next_state = 0;  // where the next parameter's state is likely to be
+  std::vector<PyObject*> made_state;  // parameters whose state this step made: taken back if it fails
+  Py_ssize_t next_state = 0;          // where the next parameter's state is likely to be
   bool memory_changed = false;
   Held held;
+
+  ~Scan() {
+    for (PyObject* param : made_state) {
+      if (PyObject_DelItem(state.ptr(), param) != 0) PyErr_Clear();
+    }
+  }
 };
 
 Stepper::Stepper(const std::string& rule, std::string optimizer)
@@ -249,8 +256,8 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
 
   const TensorRow before = row;
   std::unique_ptr<Layout> layout = plan_row(streams, &row);
-  bool moved = !entry.in_memory || entry.layout || layout || before.numel != row.numel || entry.variant != variant ||
-               entry.dtype != streams.view[kParam].dtype;
+  bool moved = !entry.in_memory || entry.layout || layout || entry.step != step.data || before.numel != row.numel ||
+               entry.variant != variant || entry.dtype != streams.view[kParam].dtype;
   for (int k = 0; k < streams.count; ++k) moved |= k != kGrad && before.data[k] != row.data[k];
   scan->memory_changed |= moved;
 
@@ -274,7 +281,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   row.layout = entry.layout.get();
   row.update = target_->find(rule_->id(), variant, entry.dtype);
   const std::byte *from, *to;
-  stream_extent(row, row.layout, kGrad, itemsize(entry.dtype), &from, &to);
+  stream_extent(row, kGrad, itemsize(entry.dtype), &from, &to);
   entry.grad_bytes = row.numel ? to - from : 0;
   if (!entry.gap.holds(from, to)) scan->moved_grads.push_back(dirty.entry);
 }
@@ -317,6 +324,7 @@ void Stepper::scan_groups(Scan* scan) {
       entry.active = true;
       scan->written.push_back(param);
       if (!unchanged(entry, row, param, grad, scan)) scan->dirty.push_back({n, param, grad});
+      scan->memory_changed |= !entry.in_memory;
     }
   }
   if (n < entries_.size()) {
@@ -353,11 +361,10 @@ void Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
   }
   if (without_state.empty()) return;
 
-  // All checks have passed: only now does new state come into being.
   const py::list made = new_states(missing);
   for (size_t i = 0; i < without_state.size(); ++i) {
-    if (PyObject_SetItem(scan->state.ptr(), scan->dirty[without_state[i]].param, made[i].ptr()) != 0)
-      throw py::error_already_set();
+    scan->made_state.push_back(scan->dirty[without_state[i]].param);
+    if (PyObject_SetItem(scan->state.ptr(), scan->made_state.back(), made[i].ptr()) != 0) throw py::error_already_set();
   }
   for (const size_t d : without_state) refresh(scan->dirty[d], state_of(scan->dirty[d]), scan);
 }
@@ -365,11 +372,15 @@ void Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
 // No two elements that the step writes may share memory, nor may a gradient lie in what it writes.
 void Stepper::check_memory(Scan* scan) {
   WrittenMemory::Region a, b;
-  const auto describe = [&](const WrittenMemory::Region& region) {
+  const auto what = [&](const WrittenMemory::Region& region) {
+    if (region.stream == kParam) return std::string("the parameter");
+    const bool is_step = region.stream == WrittenMemory::kStepCount;
+    return "state '" + std::string(is_step ? "step" : rule_->state_name(region.stream - kState)) + "'";
+  };
+  const auto where = [&](const WrittenMemory::Region& region) {
     const Entry& entry = entries_[region.owner];
     return "param_groups[" + std::to_string(entry.group) + "]['params'][" + std::to_string(entry.index) + "]" +
-           (region.stream == kParam ? ""
-                                    : std::string(" (its state '") + rule_->state_name(region.stream - kState) + "')");
+           (region.stream == kParam ? "" : " (its " + what(region) + ")");
   };
   const auto rebuild = [&] {
     memory_.clear();
@@ -378,36 +389,34 @@ void Stepper::check_memory(Scan* scan) {
       entry.gap = {};
       entry.in_memory = entry.active;
       if (!entry.active) continue;
-      memory_.add(rows_[n], rows_[n].layout, entry.num_streams, itemsize(entry.dtype), n);
+      memory_.add(rows_[n], entry.num_streams, itemsize(entry.dtype), n);
+      memory_.add_step_count(entry.step, entry.step_is_double ? 8 : 4, n);
     }
     if (!memory_.find_overlap(&a, &b)) return;
-    for (Entry& entry : entries_) entry.in_memory = false;
     const ParamName who = name(entries_[b.owner], *scan);
     if (a.owner == b.owner && a.stream == b.stream)
-      fail(who, b.stream == kParam ? "the parameter" : describe(b),
-           "has elements that share memory (an expanded tensor?); use a .clone() of it");
-    fail(who, b.stream == kParam ? "the parameter" : describe(b),
-         "shares memory with " + describe(a) + "; give each its own, or list a tied parameter once");
+      fail(who, what(b), "has elements that share memory (an expanded tensor?); use a .clone() of it");
+    fail(who, what(b), "shares memory with " + where(a) + "; give each its own, or list a tied parameter once");
   };
+  // False, once, if a gradient seems to lie in written memory.
   const auto check_grads = [&](bool may_retry) {
     for (size_t n = 0; n < entries_.size(); ++n) {
       Entry& entry = entries_[n];
       const TensorRow& row = rows_[n];
       if (!entry.active || entry.gap.holds(row.data[kGrad], row.data[kGrad] + entry.grad_bytes)) continue;
-      if (!memory_.gradient_overlaps(row, row.layout, itemsize(entry.dtype), n, &entry.gap, &a)) continue;
+      if (!memory_.gradient_overlaps(row, itemsize(entry.dtype), n, &entry.gap, &a)) continue;
       if (may_retry) return false;
-      fail(name(entry, *scan), "the gradient", "shares memory with " + describe(a) + "; use a .clone() of it");
+      fail(name(entry, *scan), "the gradient", "shares memory with " + where(a) + "; use a .clone() of it");
     }
     return true;
   };
 
-  if (scan->memory_changed) {
-    rebuild();
-    check_grads(false);
-  } else if (!scan->moved_grads.empty() && !check_grads(true)) {
-    rebuild();  // what is known may be out of date for parameters that sit this step out
-    check_grads(false);
+  if (!scan->memory_changed) {
+    if (scan->moved_grads.empty() || check_grads(true)) return;
+    // What is known may be out of date for parameters that sit this step out.
   }
+  rebuild();
+  check_grads(false);
 }
 
 int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
@@ -429,6 +438,8 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
 
   NoCollection no_collection;
   Scan scan;
+  scan.memory_changed = !memory_checked_;
+  memory_checked_ = false;
   scan.groups = std::move(param_groups);
   scan.state = std::move(state);
   scan.held.reserve(entries_.size() * 6);
@@ -440,6 +451,7 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
   scan_groups(&scan);
   if (!scan.dirty.empty()) refresh_dirty(new_states, &scan);
   check_memory(&scan);
+  memory_checked_ = true;
 
   int64_t cost = 0;
   for (size_t n = 0; n < entries_.size(); ++n) {
@@ -453,6 +465,7 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
   bump_versions(scan.written.data(), scan.written.size());
 
   // Nothing below can fail.
+  scan.made_state.clear();
   for (Entry& entry : entries_) {
     if (entry.active) entry.set_step_count(entry.next_step_count());
   }

@@ -49,6 +49,7 @@ class Stepper {
   std::vector<Entry> entries_;  // one for each parameter, in the groups' order
   std::vector<TensorRow> rows_;
   WrittenMemory memory_;
+  bool memory_checked_ = false;  // a step that fails leaves it to the next one to look at all memory anew
   bool busy_ = false;
 };
 

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <map>
 
+#include "../lanes/lane.h"
+
 namespace fusedopt {
 
 namespace {
@@ -19,7 +21,8 @@ PyObject* increment_version = nullptr;  // torch._C._increment_version
 
 std::string exception_text() {
   py::error_already_set error;
-  return py::str(error.value()).cast<std::string>();
+  const std::string text = py::str(error.value()).cast<std::string>();
+  return text.substr(0, text.find('\n'));  // torch appends its C++ stack
 }
 
 std::string dtype_of(PyObject* tensor) { return py::str(py::handle(tensor).attr("dtype")).cast<std::string>(); }
@@ -76,6 +79,20 @@ std::string TensorView::shape_string() const {
   std::string s = "(";
   for (int d = 0; d < ndim; ++d) s += (d ? ", " : "") + std::to_string(shape[d]);
   return s + (ndim == 1 ? ",)" : ")");
+}
+
+double TensorView::first() const {
+  double f64;
+  float f32;
+  BFloat16 bf16;
+  Half f16;
+  switch (dtype) {
+    case DType::kFloat32: return std::memcpy(&f32, data, sizeof f32), f32;
+    case DType::kFloat64: return std::memcpy(&f64, data, sizeof f64), f64;
+    case DType::kBFloat16: return std::memcpy(&bf16, data, sizeof bf16), to_float(bf16);
+    case DType::kFloat16: return std::memcpy(&f16, data, sizeof f16), to_float(f16);
+  }
+  return 0;
 }
 
 bool is_tensor(PyObject* object) { return PyObject_TypeCheck(object, tensor_type); }
@@ -301,13 +318,14 @@ void Signature::Hint::prefetch() const {
 }
 
 bool Signature::matches(PyObject* tensor, std::byte** data) const {
+  if (!is_tensor(tensor)) return false;
   const char* record = layout.record(tensor);
   const char* memory = SignatureLayout::at<const char*>(record, layout.storage);
   uint64_t difference = memory == nullptr;
   for (int i = 0; i < kShapeWords; ++i)
     difference |= shape_[i] ^ SignatureLayout::at<uint64_t>(record, layout.shape + 8 * i);
-  difference |= (dtype_and_device_ ^ SignatureLayout::at<uint64_t>(record, layout.dtype)) &
-                SignatureLayout::kDtypeAndDevice;
+  difference |=
+      (dtype_and_device_ ^ SignatureLayout::at<uint64_t>(record, layout.dtype)) & SignatureLayout::kDtypeAndDevice;
   difference |= keys_ ^ SignatureLayout::at<uint64_t>(record, layout.keys);
   if (difference) return false;
   *data = SignatureLayout::at<std::byte*>(memory, layout.data) +

@@ -24,6 +24,7 @@ struct TensorView {
   int64_t numel() const;
   int64_t itemsize() const;  // of dtype
   std::string shape_string() const;
+  double first() const;  // the value of the first element, a real one
 };
 
 int64_t itemsize(DType dtype);

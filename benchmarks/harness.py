@@ -1,0 +1,281 @@
+"""What every benchmark shares: interleaved timing, ratios within a round, the table and the JSON."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fusedopt
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Skipped(Exception):
+    """This machine lacks what a benchmark needs; the message says what."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on a row's median: at most, or at least."""
+
+    bound: float
+    at_least: bool = False
+
+    def met_by(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
+
+    def __str__(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self.bound:g}"
+
+
+def at_most(bound: float) -> Target:
+    return Target(bound)
+
+
+def at_least(bound: float) -> Target:
+    return Target(bound, at_least=True)
+
+
+@dataclass
+class Row:
+    """One line of the table: a quantity, and where there is one, its target; or a note instead of both."""
+
+    name: str
+    value: Spread | None = None
+    unit: str = "x"  # x: a ratio of times
+    target: Target | None = None
+    times: dict[str, Spread] = field(default_factory=dict)  # the seconds that a ratio is of
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None or self.target is None:
+            return ""
+        return "meets" if self.target.met_by(self.value.median) else "MISSES"
+
+
+@dataclass
+class Contender:
+    """`run` is timed; `prepare` goes before each run, untimed.
+
+    A turn is `calls` runs and gives one sample, their mean. A contender with `every` = n takes part in each n-th round.
+    """
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+    calls: int = 1
+    every: int = 1
+
+
+Samples = dict[str, dict[int, float]]  # by contender, by round: seconds
+
+
+def interleave(contenders: Mapping[str, Contender], rounds: int, warmup: int = 1) -> Samples:
+    """Time all contenders by turns, A B C, B C A, ..., so that drift and noise hit all alike."""
+    names = list(contenders)
+    samples: Samples = {name: {} for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for round_ in range(-warmup, rounds):
+            for at in range(len(names)):
+                name = names[(round_ + at) % len(names)]
+                contender = contenders[name]
+                if round_ % contender.every:
+                    continue
+                total = 0.0
+                for _ in range(contender.calls):
+                    contender.prepare()
+                    start = time.perf_counter()
+                    contender.run()
+                    total += time.perf_counter() - start
+                if round_ >= 0:
+                    samples[name][round_] = total / contender.calls
+    finally:
+        gc.enable()
+    return samples
+
+
+def seconds(samples: Samples, name: str) -> Spread:
+    return Spread.of(list(samples[name].values()))
+
+
+def ratio_row(title: str, samples: Samples, top: str, bottom: str, target: Target | None = None) -> Row:
+    """The row of time `top` over time `bottom`, paired by round."""
+    common = [round_ for round_ in samples[top] if round_ in samples[bottom]]
+    value = Spread.of([samples[top][round_] / samples[bottom][round_] for round_ in common])
+    return Row(title, value, "x", target, {name: seconds(samples, name) for name in (top, bottom)})
+
+
+# --- where it ran --------------------------------------------------------------------------------------------------
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the working tree, read from its files; None outside a repository."""
+    git = ROOT / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        ref = git / head.removeprefix("ref: ")
+        if ref.exists():
+            return ref.read_text().strip()
+        packed = (git / "packed-refs").read_text().splitlines()
+        return next(line.split()[0] for line in packed if line.endswith(" " + head.removeprefix("ref: ")))
+    except (OSError, StopIteration):
+        return None
+
+
+def machine() -> dict[str, Any]:
+    memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
+    info = fusedopt._config._C.build_info()
+    return {
+        "machine": platform.machine(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fusedopt": fusedopt.__version__,
+        "fusedopt_cpu_capability": info["cpu_capability"],
+        "compiler": info["compiler"],
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def children_cpu() -> float:
+    """Seconds of CPU that ended child processes have used."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+class Company:
+    """How much of the machine other processes took meanwhile: figures from a busy machine are not worth much."""
+
+    def __init__(self) -> None:
+        self._begin = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        idle = fields[3] + fields[4]
+        usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        own = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+        return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), own, time.monotonic()
+
+    def share(self) -> float:
+        """Of all cores' time since this was made, the part that others used."""
+        busy, own, wall = (now - then for now, then in zip(self._now(), self._begin, strict=True))
+        return max(0.0, (busy - own) / (wall * (os.cpu_count() or 1)))
+
+
+# --- a compiler for small helpers ----------------------------------------------------------------------------------
+
+
+def compile_library(source: Path, target: Path) -> None:
+    """Build a shared library tuned for this machine, or raise Skipped."""
+    error = "no compiler found"
+    for compiler in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
+        command = [compiler, "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(target)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return
+        except FileNotFoundError:
+            continue
+        except subprocess.CalledProcessError as failed:
+            error = f"{compiler}: {failed.stderr.strip().splitlines()[-1] if failed.stderr else failed}"
+    raise Skipped(error)
+
+
+# --- reports -------------------------------------------------------------------------------------------------------
+
+
+def show_time(value: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(value) >= size or unit == "us":
+            return f"{value / size:.3g} {unit}" if abs(value) < 1000 * size else f"{value / size:.0f} {unit}"
+    raise AssertionError
+
+
+def show_value(row: Row) -> tuple[str, str]:
+    if row.value is None:
+        return "", ""
+    low, high = f"{row.value.low:.3g}", f"{row.value.high:.3g}"
+    return f"{row.value.median:.3g} {row.unit}", "" if low == high else f"{low} .. {high}"
+
+
+def print_rows(benchmark: str, rows: Sequence[Row]) -> None:
+    for row in rows:
+        value, spread = show_value(row)
+        times = ", ".join(f"{name} {show_time(time_.median)}" for name, time_ in row.times.items())
+        target = str(row.target) if row.target else ""
+        columns = (
+            f"{benchmark:10} {row.name:42} {value:>9} {spread:>15}  {target:>8} {row.verdict:6} {row.note or times}"
+        )
+        print(columns.rstrip(), flush=True)
+
+
+def print_header() -> None:
+    print(f"{'':10} {'':46} {'median':>9} {'quartiles':>15}  {'target':>8} {'':6} of")
+
+
+def write_json(path: Path, facts: Mapping[str, Any], results: Mapping[str, Sequence[Row]]) -> None:
+    rows = [
+        {
+            "benchmark": benchmark,
+            **asdict(row),
+            "target": str(row.target) if row.target else None,
+            "meets": row.verdict == "meets" if row.verdict else None,
+        }
+        for benchmark, found in results.items()
+        for row in found
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, "argv": sys.argv[1:], "rows": rows}, indent=1) + "\n")
+
+
+def default_path() -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"cpu-{slug}.json"

@@ -1,0 +1,65 @@
+"""Fixtures that change a setting of the process and put it back, and the tables after a run."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fusedopt._config import _C
+
+USABLE = _C.build_info()["cpu_usable"]
+
+
+@pytest.fixture
+def set_capability() -> Iterator[Callable[[str], None]]:
+    """Choose a CPU target, for tests that compare several."""
+    before = _C.build_info()["cpu_capability"]
+
+    def choose(name: str) -> None:
+        assert _C.set_cpu_capability(name)
+
+    yield choose
+    choose(before)
+
+
+@pytest.fixture(params=USABLE)
+def capability(request: pytest.FixtureRequest, set_capability: Callable[[str], None]) -> str:
+    """Run the test once on every CPU target that this machine has."""
+    set_capability(request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def chunk_size() -> Iterator[Callable[[int], None]]:
+    """_C.set_chunk_size, undone after the test: a small one lets small tensors use several threads."""
+    before = _C.chunk_size()
+    yield _C.set_chunk_size
+    _C.set_chunk_size(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show the table lines that tests left with record_property("table: <title>", line)."""
+    tables: dict[str, list[str]] = {}
+    for report in _calls(terminalreporter):
+        for name, line in report.user_properties:
+            if name.startswith("table: "):
+                tables.setdefault(name.removeprefix("table: "), []).append(line)
+    for title, lines in tables.items():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+def _calls(terminalreporter: pytest.TerminalReporter) -> Iterator[pytest.TestReport]:
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if isinstance(report, pytest.TestReport) and report.when == "call":
+                yield report
