@@ -1,11 +1,19 @@
 """Fixtures that change a setting of the process and put it back, and the tables after a run."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
+
+# Before torch loads OpenMP: waiting threads sleep. Spinning, they starve each other where cores are busy, which made
+# the tests with 3 threads under `pytest -n 2` on two cores take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from fusedopt._config import _C
+
+torch.set_num_threads(1)  # tests that want more ask for them, with `threads`
 
 USABLE = _C.build_info()["cpu_usable"]
 

@@ -135,6 +135,13 @@ class Stepper::Scan {
   bool memory_changed = false;
   Held held;
 
+  void begin() {
+    variants.clear();
+    written.clear();
+    dirty.clear();
+    moved_grads.clear();
+  }
+
   ~Scan() {
     for (PyObject* param : made_state) {
       if (PyObject_DelItem(state.ptr(), param) != 0) PyErr_Clear();
@@ -334,39 +341,34 @@ void Stepper::scan_groups(Scan* scan) {
   }
 }
 
-void Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
+// Reads the parameters that changed anew. If some have no state, checks the rest of them all the same, then makes it
+// and returns false: that ran users' code perhaps, and the scan must begin anew.
+bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
   py::list missing;
-  std::vector<size_t> without_state;
-  const auto state_of = [&](const Dirty& dirty) {
+  std::vector<PyObject*> without_state;
+  Py_ssize_t next = 0;  // where the next parameter's state is likely to be
+  for (const Dirty& dirty : scan->dirty) {
     Entry& entry = entries_[dirty.entry];
-    PyObject* param_state = find_value(scan->state.ptr(), dirty.param, scan->next_state, &entry.state_at);
-    scan->next_state = entry.state_at + 1;
-    return param_state;
-  };
-  for (size_t d = 0; d < scan->dirty.size(); ++d) {
-    const Dirty& dirty = scan->dirty[d];
-    PyObject* param_state = state_of(dirty);
-    if (param_state && !PyDict_Check(param_state))
-      fail(name(entries_[dirty.entry], *scan), "the state", "must be a dict");
-    if (param_state && PyDict_GET_SIZE(param_state) > 0) {
-      refresh(dirty, param_state, scan);
-      continue;
-    }
-    refresh(dirty, nullptr, scan);
-    const int num_states = rule_->num_states(scan->variants[entries_[dirty.entry].group]);
+    PyObject* param_state = find_value(scan->state.ptr(), dirty.param, next, &entry.state_at);
+    next = entry.state_at + 1;
+    if (param_state && !PyDict_Check(param_state)) fail(name(entry, *scan), "the state", "must be a dict");
+    if (param_state && PyDict_GET_SIZE(param_state) == 0) param_state = nullptr;
+    refresh(dirty, param_state, scan);
+    if (param_state) continue;
+    const int num_states = rule_->num_states(scan->variants[entry.group]);
     py::tuple names(num_states);
     for (int k = 0; k < num_states; ++k) names[k] = py::reinterpret_borrow<py::object>(state_names_[k]);
     missing.append(py::make_tuple(py::handle(dirty.param), names));
-    without_state.push_back(d);
+    without_state.push_back(dirty.param);
   }
-  if (without_state.empty()) return;
+  if (without_state.empty()) return true;
 
   const py::list made = new_states(missing);
   for (size_t i = 0; i < without_state.size(); ++i) {
-    scan->made_state.push_back(scan->dirty[without_state[i]].param);
-    if (PyObject_SetItem(scan->state.ptr(), scan->made_state.back(), made[i].ptr()) != 0) throw py::error_already_set();
+    scan->made_state.push_back(without_state[i]);
+    if (PyObject_SetItem(scan->state.ptr(), without_state[i], made[i].ptr()) != 0) throw py::error_already_set();
   }
-  for (const size_t d : without_state) refresh(scan->dirty[d], state_of(scan->dirty[d]), scan);
+  return false;
 }
 
 // No two elements that the step writes may share memory, nor may a gradient lie in what it writes.
@@ -448,8 +450,10 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
     target_ = &current_target();
     for (Entry& entry : entries_) entry.param = nullptr;
   }
-  scan_groups(&scan);
-  if (!scan.dirty.empty()) refresh_dirty(new_states, &scan);
+  do {
+    scan.begin();
+    scan_groups(&scan);
+  } while (!refresh_dirty(new_states, &scan));
   check_memory(&scan);
   memory_checked_ = true;
 

@@ -34,7 +34,7 @@ class Stepper {
 
   void scan_groups(Scan* scan);
   bool unchanged(Entry& entry, TensorRow& row, PyObject* param, PyObject* grad, Scan* scan);
-  void refresh_dirty(const py::function& new_states, Scan* scan);
+  bool refresh_dirty(const py::function& new_states, Scan* scan);
   void refresh(const Dirty& dirty, PyObject* param_state, Scan* scan);
   void check_memory(Scan* scan);
   ParamName name(const Entry& entry, const Scan& scan) const;

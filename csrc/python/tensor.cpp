@@ -247,7 +247,9 @@ struct SignatureLayout {
       py::object keep = change(t);
       return !signature->matches(t.ptr(), &address) || address != view.data;
     };
-    const py::object other = fresh(), numpy_owned = torch.attr("from_numpy")(fresh().attr("numpy")());
+    const py::object other = fresh();
+    const py::object foreign =
+        torch.attr("frombuffer")(py::bytearray(std::string(96, 0)), py::arg("dtype") = torch.attr("float32"));
     bool ok = notices([&](py::object t) {
       t.attr("data") = other;
       return other;
@@ -268,7 +270,7 @@ struct SignatureLayout {
            t.attr("data") = t.attr("int")();
            return other;
          });
-    ok = ok && notices([&](py::object t) { return t.attr("set_")(numpy_owned); });
+    ok = ok && notices([&](py::object t) { return t.attr("set_")(foreign); });
     ok = ok && notices([&](py::object t) { return t.attr("resize_")(2, 3); });
     ok = ok && notices([&](py::object t) { return t.attr("t_")(); });
     ok = ok && notices([&](py::object t) { return t.attr("unsqueeze_")(0); });
