@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "../cpu/float_mode.h"
 #include "../cpu/run.h"
 #include "../cpu/target.h"
 
@@ -430,6 +431,7 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
     ~Busy() { flag = false; }
   } busy(busy_);
 
+  const FloatMode mode;  // the scalars too are computed in the default modes
   if (!found_inf.is_none() && read_scalar(found_inf, optimizer_, "found_inf") != 0) return 0;
   Unscale unscale;
   if (!grad_scale.is_none()) {
