@@ -30,7 +30,7 @@ static py::dict build_info() {
   info["cpu_usable"] = usable;
   info["cpu_capability"] = current_target().name;
   info["threads"] = can_use_threads();
-  info["signatures"] = Signature::available();
+  info["signatures"] = records::available();
   return info;
 }
 
@@ -42,13 +42,19 @@ static py::dict units_run() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native core of fusedopt.";
-  m.def("bind_torch", &bind_torch, "Called once, at import.");
+  m.def(
+      "bind_torch",
+      [](py::handle torch) {
+        bind_tensors(torch);
+        records::find(torch);
+      },
+      "Called once, at import.");
   m.def("build_info", &build_info);
   m.def("set_cpu_capability", &set_current_target, "False if this build or this processor does not have it.");
   m.def("units_run", &units_run, "Units of work that each instruction set's own code has run.");
   m.def("chunk_size", &chunk_size);
   m.def("set_chunk_size", &set_chunk_size, "For tests: elements in a unit of work.");
-  m.def("set_signatures", &Signature::set_enabled, "For tests: False reads every tensor anew in every step.");
+  m.def("set_signatures", &records::set_enabled, "For tests: False reads every tensor anew in every step.");
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("optimizer"))
       .def("step", &Stepper::step);

@@ -22,7 +22,7 @@ struct Stepper::Entry {
   Py_ssize_t state_at = 0, step_at = 0, item_at[kMaxStates] = {};
 
   // What a look at this parameter will touch; 10,000 parameters' tensors do not fit into a core's cache.
-  Signature::Hint hints[kMaxStreams + 1];
+  RecordHint hints[kMaxStreams + 1];
   PyObject* param_state = nullptr;
 
   std::byte* step = nullptr;
@@ -35,7 +35,7 @@ struct Stepper::Entry {
 
   void prefetch() const {
     __builtin_prefetch(param_state);
-    for (const Signature::Hint& hint : hints) hint.prefetch();
+    for (const RecordHint& hint : hints) hint.prefetch();
   }
 
   double step_count() const {
@@ -59,6 +59,9 @@ struct Stepper::Entry {
 };
 
 namespace {
+
+// Elements of cost, about half a millisecond: more than this runs without the GIL.
+constexpr int64_t kReleaseCost = 1 << 20;
 
 constexpr size_t kPrefetchAhead = 6;  // of 2 to 12 the best for 10,000 parameters
 
@@ -134,6 +137,9 @@ class Stepper::Scan {
   std::vector<PyObject*> made_state;  // parameters whose state this step made: taken back if it fails
   Py_ssize_t next_state = 0;          // where the next parameter's state is likely to be
   bool memory_changed = false;
+  // References to every gradient and all state are held, so that the GIL may be released. A step of little work keeps
+  // the GIL instead: its gradients' Python objects would cost more than the work.
+  bool hold = true;
   Held held;
 
   void begin() {
@@ -166,23 +172,22 @@ ParamName Stepper::name(const Entry& entry, const Scan& scan) const {
 
 // The quick way: nothing about the parameter, its gradient or its state is other than at its last step, except where
 // the gradient lies. False sends the parameter to refresh().
-bool Stepper::unchanged(Entry& entry, TensorRow& row, PyObject* param, PyObject* grad, Scan* scan) {
+bool Stepper::unchanged(Entry& entry, TensorRow& row, PyObject* param, const char* grad, Scan* scan) {
   if (entry.param != param || entry.variant != scan->variants[entry.group] || !entry.signature[kParam]) return false;
   std::byte* data;
   const auto still = [&](const Signature* signature, PyObject* tensor, const std::byte* where) {
-    return signature->matches(tensor, &data) && data == where;
+    if (!tensor || !is_tensor(tensor) || !signature->matches(records::of(tensor), &data) || data != where) return false;
+    if (scan->hold) scan->held.keep(tensor);
+    return true;
   };
   if (!still(entry.signature[kParam], param, row.data[kParam])) return false;
 
   PyObject* param_state = value_at(scan->state.ptr(), entry.state_at, param);
   if (!param_state || !PyDict_Check(param_state)) return false;
-  PyObject* step = value_at(param_state, entry.step_at, str_step_);
-  if (!step || !still(entry.step_signature, step, entry.step)) return false;
-  scan->held.keep(step);
+  if (!still(entry.step_signature, value_at(param_state, entry.step_at, str_step_), entry.step)) return false;
   for (int k = 0; k < entry.num_streams - kState; ++k) {
     PyObject* tensor = value_at(param_state, entry.item_at[k], state_names_[k]);
-    if (!tensor || !still(entry.signature[kState + k], tensor, row.data[kState + k])) return false;
-    scan->held.keep(tensor);
+    if (!still(entry.signature[kState + k], tensor, row.data[kState + k])) return false;
   }
 
   if (!entry.signature[kGrad]->matches(grad, &data)) return false;
@@ -278,14 +283,14 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   entry.step_is_double = step.dtype == DType::kFloat64;
   entry.step_signature = Signature::of(step_tensor, step);
   entry.param_state = param_state;
-  entry.hints[kMaxStreams] = Signature::hint(step_tensor);
+  entry.hints[kMaxStreams] = RecordHint::of(step_tensor);
   bool signed_all = entry.step_signature != nullptr && grad != nullptr;
   for (int k = 0; k < streams.count; ++k) {
     entry.signature[k] = tensors[k] ? Signature::of(tensors[k], streams.view[k]) : nullptr;
-    if (entry.signature[k]) entry.hints[k] = Signature::hint(tensors[k]);
+    if (entry.signature[k]) entry.hints[k] = RecordHint::of(tensors[k]);
     signed_all &= entry.signature[k] != nullptr;
   }
-  if (!signed_all || !Signature::available()) entry.signature[kParam] = nullptr;
+  if (!signed_all || !records::available()) entry.signature[kParam] = nullptr;
   row.layout = entry.layout.get();
   row.update = target_->find(rule_->id(), variant, entry.dtype);
   const std::byte *from, *to;
@@ -324,14 +329,31 @@ void Stepper::scan_groups(Scan* scan) {
       }
       PyObject* param = PyList_GET_ITEM(params, i);
       if (!is_tensor(param)) fail(name(entry, *scan), "the parameter", "is not a tensor");
-      PyObject* grad = get_grad(param);
-      if (!grad) throw py::error_already_set();
-      scan->held.take(grad);
-      if (grad == Py_None) continue;
-      scan->held.keep(param);
+
+      const bool quick = records::available() && is_plain_tensor(param);
+      PyObject* grad = nullptr;  // made only where a reference to it is needed
+      const auto get = [&] {
+        grad = get_grad(param);
+        if (!grad) throw py::error_already_set();
+        scan->held.take(grad);
+      };
+      const char* grad_record = nullptr;
+      if (quick) {
+        grad_record = records::of_grad(param);
+        if (!grad_record) continue;
+        if (scan->hold) get();
+      } else {
+        get();
+        if (grad == Py_None) continue;
+        if (records::available() && is_tensor(grad)) grad_record = records::of(grad);
+      }
       entry.active = true;
       scan->written.push_back(param);
-      if (!unchanged(entry, row, param, grad, scan)) scan->dirty.push_back({n, param, grad});
+      if (!grad_record || !unchanged(entry, row, param, grad_record, scan)) {
+        if (!grad) get();
+        scan->held.keep(param);
+        scan->dirty.push_back({n, param, grad});
+      }
       scan->memory_changed |= !entry.in_memory;
     }
   }
@@ -446,7 +468,8 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
   memory_checked_ = false;
   scan.groups = std::move(param_groups);
   scan.state = std::move(state);
-  scan.held.reserve(entries_.size() * 6);
+  scan.hold = last_cost_ > kReleaseCost;
+  scan.held.reserve(scan.hold ? entries_.size() * 6 : 0);
   rule_->begin_step(PyList_GET_SIZE(scan.groups.ptr()), unscale);
   if (target_ != &current_target()) {
     target_ = &current_target();
@@ -468,16 +491,20 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
     row.scalars = rule_->scalars(entry.group, entry.next_step_count(), entry.dtype);
     cost += row.numel + kRowCost;
   }
-  bump_versions(scan.written.data(), scan.written.size());
+  records::bump_versions(scan.written.data(), scan.written.size());
 
   // Nothing below can fail.
   scan.made_state.clear();
   for (Entry& entry : entries_) {
     if (entry.active) entry.set_step_count(entry.next_step_count());
   }
-  {
+  last_cost_ = cost;
+  const auto run = [&] { run_rows(rows_.data(), static_cast<int64_t>(rows_.size()), cost, max_threads); };
+  if (scan.hold) {
     py::gil_scoped_release release;
-    run_rows(rows_.data(), static_cast<int64_t>(rows_.size()), cost, max_threads);
+    run();
+  } else {
+    run();
   }
   return static_cast<int64_t>(scan.written.size());
 }

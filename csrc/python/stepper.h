@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "records.h"
 #include "rule_driver.h"
 
 namespace fusedopt {
@@ -33,7 +34,7 @@ class Stepper {
   };
 
   void scan_groups(Scan* scan);
-  bool unchanged(Entry& entry, TensorRow& row, PyObject* param, PyObject* grad, Scan* scan);
+  bool unchanged(Entry& entry, TensorRow& row, PyObject* param, const char* grad, Scan* scan);
   bool refresh_dirty(const py::function& new_states, Scan* scan);
   void refresh(const Dirty& dirty, PyObject* param_state, Scan* scan);
   void check_memory(Scan* scan);
@@ -49,7 +50,8 @@ class Stepper {
   std::vector<Entry> entries_;  // one for each parameter, in the groups' order
   std::vector<TensorRow> rows_;
   WrittenMemory memory_;
-  bool memory_checked_ = false;  // a step that fails leaves it to the next one to look at all memory anew
+  bool memory_checked_ = false;    // a step that fails leaves it to the next one to look at all memory anew
+  int64_t last_cost_ = INT64_MAX;  // foretells this step's
   bool busy_ = false;
 };
 
