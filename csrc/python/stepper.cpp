@@ -24,6 +24,7 @@ struct Stepper::Entry {
   // What a look at this parameter will touch; 10,000 parameters' tensors do not fit into a core's cache.
   RecordHint hints[kMaxStreams + 1];
   PyObject* param_state = nullptr;
+  const char* param_state_keys = nullptr;
 
   std::byte* step = nullptr;
   bool step_is_double = false;
@@ -34,8 +35,12 @@ struct Stepper::Entry {
   WrittenMemory::Gap gap;
 
   void prefetch() const {
+    if (!records::available()) return;
     __builtin_prefetch(param_state);
-    for (const RecordHint& hint : hints) hint.prefetch();
+    __builtin_prefetch(param_state_keys);
+    __builtin_prefetch(param_state_keys + 64);
+    for (int k = 0; k < num_streams; ++k) hints[k].prefetch();
+    hints[kMaxStreams].prefetch();
   }
 
   double step_count() const {
@@ -283,6 +288,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   entry.step_is_double = step.dtype == DType::kFloat64;
   entry.step_signature = Signature::of(step_tensor, step);
   entry.param_state = param_state;
+  entry.param_state_keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(param_state)->ma_keys);
   entry.hints[kMaxStreams] = RecordHint::of(step_tensor);
   bool signed_all = entry.step_signature != nullptr && grad != nullptr;
   for (int k = 0; k < streams.count; ++k) {
