@@ -135,9 +135,6 @@ int64_t piece_boundary(const TensorRow& row, int64_t cost) {
   return element & ~(kPieceAlignment - 1);
 }
 
-// Ten thousand small tensors do not fit into a core's cache.
-constexpr int64_t kPrefetchAhead = 4;
-
 void run(const TensorRow* rows, int64_t num_rows, int64_t begin, int64_t end) {
   __atomic_fetch_add(&units, 1, __ATOMIC_RELAXED);
   int64_t low = 0, high = num_rows;  // the last row that starts at or before `begin`
@@ -147,9 +144,6 @@ void run(const TensorRow* rows, int64_t num_rows, int64_t begin, int64_t end) {
   }
   for (const TensorRow* row = rows + low; row != rows + num_rows && row->start < end; ++row) {
     if (!row->scalars) continue;
-    if (row + kPrefetchAhead < rows + num_rows) {
-      for (const std::byte* data : row[kPrefetchAhead].data) __builtin_prefetch(data);
-    }
     const int64_t from = piece_boundary(*row, begin), to = piece_boundary(*row, end);
     if (from < to) row->update(*row, from, to);
   }

@@ -94,24 +94,4 @@ class Signature {
   int64_t itemsize_;
 };
 
-// Where a look at a tensor will go: only ever a hint of what to fetch into the cache early, stale or not.
-struct RecordHint {
-  const char *object = nullptr, *record = nullptr, *storage = nullptr, *autograd = nullptr;
-
-  static RecordHint of(PyObject* tensor) {
-    using namespace records;
-    if (!found) return {};
-    const char* record = records::of(tensor);
-    return {reinterpret_cast<const char*>(tensor), record, load(record, at.storage), load(record, at.autograd)};
-  }
-  void prefetch() const {
-    using namespace records;
-    __builtin_prefetch(object + at.record);
-    for (int64_t offset = at.storage; offset < at.keys; offset += 64) __builtin_prefetch(record + offset);
-    __builtin_prefetch(record + at.keys);
-    __builtin_prefetch(storage + at.address);
-    if (autograd) __builtin_prefetch(autograd + at.grad);
-  }
-};
-
 }  // namespace fusedopt

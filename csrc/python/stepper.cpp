@@ -11,37 +11,21 @@ namespace fusedopt {
 // What is known of one parameter from the last step that used it.
 struct Stepper::Entry {
   PyObject* param = nullptr;  // borrowed: compared, never followed
-  size_t group = 0, index = 0;
-  int variant = 0;
+  uint32_t group = 0, index = 0;
+  int8_t variant = 0, num_streams = 0;
+  DType dtype = DType::kFloat32;
   bool active = false;  // takes part in this step
   bool in_memory = false;
+  bool step_is_double = false;
+  // Positions for PyDict_Next: of the parameter in the optimizer's state, of the tensors in the parameter's.
+  int32_t state_at = 0, step_at = 0, item_at[kMaxStates] = {};
 
   const Signature* signature[kMaxStreams] = {};
   const Signature* step_signature = nullptr;
-  // Positions for PyDict_Next: of the parameter in the optimizer's state, of the tensors in the parameter's.
-  Py_ssize_t state_at = 0, step_at = 0, item_at[kMaxStates] = {};
-
-  // What a look at this parameter will touch; 10,000 parameters' tensors do not fit into a core's cache.
-  RecordHint hints[kMaxStreams + 1];
-  PyObject* param_state = nullptr;
-  const char* param_state_keys = nullptr;
-
   std::byte* step = nullptr;
-  bool step_is_double = false;
-  DType dtype = DType::kFloat32;
-  int num_streams = 0;
   int64_t grad_bytes = 0;  // from the gradient's first element to behind its last
   std::unique_ptr<Layout> layout;
   WrittenMemory::Gap gap;
-
-  void prefetch() const {
-    if (!records::available()) return;
-    __builtin_prefetch(param_state);
-    __builtin_prefetch(param_state_keys);
-    __builtin_prefetch(param_state_keys + 64);
-    for (int k = 0; k < num_streams; ++k) hints[k].prefetch();
-    hints[kMaxStreams].prefetch();
-  }
 
   double step_count() const {
     double d;
@@ -67,8 +51,6 @@ namespace {
 
 // Elements of cost, about half a millisecond: more than this runs without the GIL.
 constexpr int64_t kReleaseCost = 1 << 20;
-
-constexpr size_t kPrefetchAhead = 6;  // of 2 to 12 the best for 10,000 parameters
 
 // No garbage collection while borrowed pointers are in use: a collection runs users' code.
 class NoCollection {
@@ -113,14 +95,15 @@ PyObject* value_at(PyObject* dict, Py_ssize_t position, PyObject* key) {
 }
 
 // The value of a key, a string or an object compared by identity, and its position, looked for from `hint` on.
-PyObject* find_value(PyObject* dict, PyObject* key, Py_ssize_t hint, Py_ssize_t* at) {
+PyObject* find_value(PyObject* dict, PyObject* key, Py_ssize_t hint, int32_t* at) {
   for (const Py_ssize_t from : {hint, Py_ssize_t{0}}) {
     Py_ssize_t position = from, before = from;
     PyObject *found, *value;
     while (PyDict_Next(dict, &position, &found, &value)) {
       // Strings from a file may be equal and not the same.
       const bool both = PyUnicode_Check(found) && PyUnicode_Check(key);
-      if (found == key || (both && PyUnicode_Compare(found, key) == 0)) return *at = before, value;
+      if (found == key || (both && PyUnicode_Compare(found, key) == 0))
+        return *at = static_cast<int32_t>(before), value;
       before = position;
     }
     if (from == 0) break;
@@ -287,13 +270,9 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   entry.step = step.data;
   entry.step_is_double = step.dtype == DType::kFloat64;
   entry.step_signature = Signature::of(step_tensor, step);
-  entry.param_state = param_state;
-  entry.param_state_keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(param_state)->ma_keys);
-  entry.hints[kMaxStreams] = RecordHint::of(step_tensor);
   bool signed_all = entry.step_signature != nullptr && grad != nullptr;
   for (int k = 0; k < streams.count; ++k) {
     entry.signature[k] = tensors[k] ? Signature::of(tensors[k], streams.view[k]) : nullptr;
-    if (entry.signature[k]) entry.hints[k] = RecordHint::of(tensors[k]);
     signed_all &= entry.signature[k] != nullptr;
   }
   if (!signed_all || !records::available()) entry.signature[kParam] = nullptr;
@@ -323,7 +302,6 @@ void Stepper::scan_groups(Scan* scan) {
         rows_.push_back({});
         scan->memory_changed = true;  // it points to the rows
       }
-      if (n + kPrefetchAhead < entries_.size()) entries_[n + kPrefetchAhead].prefetch();
       Entry& entry = entries_[n];
       TensorRow& row = rows_[n];
       entry.active = false;
