@@ -408,24 +408,35 @@ void Stepper::check_memory(Scan* scan) {
     fail(who, what(b), "shares memory with " + where(a) + "; give each its own, or list a tied parameter once");
   };
   // False, once, if a gradient seems to lie in written memory.
-  const auto check_grads = [&](bool may_retry) {
-    for (size_t n = 0; n < entries_.size(); ++n) {
+  const auto check_grads = [&](const std::vector<size_t>& which, bool may_retry) {
+    WrittenMemory::Gap recent;  // gradients made one after the other tend to lie in one gap
+    for (const size_t n : which) {
       Entry& entry = entries_[n];
       const TensorRow& row = rows_[n];
-      if (!entry.active || entry.gap.holds(row.data[kGrad], row.data[kGrad] + entry.grad_bytes)) continue;
-      if (!memory_.gradient_overlaps(row, itemsize(entry.dtype), n, &entry.gap, &a)) continue;
+      const std::byte *from = row.data[kGrad], *to = from + entry.grad_bytes;
+      if (entry.gap.holds(from, to)) continue;
+      if (recent.holds(from, to)) {
+        entry.gap = recent;
+        continue;
+      }
+      if (!memory_.gradient_overlaps(row, itemsize(entry.dtype), n, &entry.gap, &a)) {
+        recent = entry.gap;
+        continue;
+      }
       if (may_retry) return false;
       fail(name(entry, *scan), "the gradient", "shares memory with " + where(a) + "; use a .clone() of it");
     }
     return true;
   };
 
-  if (!scan->memory_changed) {
-    if (scan->moved_grads.empty() || check_grads(true)) return;
-    // What is known may be out of date for parameters that sit this step out.
-  }
+  // What is known may be out of date for parameters that sit this step out: look anew before complaining.
+  if (!scan->memory_changed && check_grads(scan->moved_grads, true)) return;
   rebuild();
-  check_grads(false);
+  std::vector<size_t> active;
+  for (size_t n = 0; n < entries_.size(); ++n) {
+    if (entries_[n].active) active.push_back(n);
+  }
+  check_grads(active, false);
 }
 
 int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
