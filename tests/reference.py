@@ -217,10 +217,7 @@ def low_precision_step(
             else:
                 g = _fma(p, weight_decay, g)
         difference = g - m
-        if weight1 < op(0.5):
-            m = _fma(weight1, difference, m)
-        else:
-            m = _fma(weight1 - op(1), difference, g)
+        m = _fma(weight1, difference, m) if weight1 < op(0.5) else _fma(weight1 - op(1), difference, g)
         v = _fma(weight2 * g, g, op(hyper.betas[1]) * v)
         largest = v
         if hyper.amsgrad:

@@ -9,7 +9,7 @@ namespace py = pybind11;
 using namespace fusedopt;
 
 #ifndef FUSEDOPT_CUDA_STATUS
-#define FUSEDOPT_CUDA_STATUS "no"
+#define FUSEDOPT_CUDA_STATUS "no: not part of this version"
 #endif
 
 static py::dict build_info() {
