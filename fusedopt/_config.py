@@ -10,7 +10,9 @@ import torch
 def _load() -> ModuleType:
     # After torch: the core borrows torch's OpenMP runtime and reads tensors by torch's own exchange table.
     core = import_module("fusedopt._C")
-    core.bind_torch(torch)
+    # Its experiments on tensors must not depend on the modes of whoever imports this first.
+    with torch.inference_mode(False), torch.enable_grad():
+        core.bind_torch(torch)
     wanted = os.environ.get("FUSEDOPT_CPU_CAPABILITY")
     if wanted and not core.set_cpu_capability(wanted):
         info = core.build_info()

@@ -110,15 +110,22 @@ class FusedOptimizer(Optimizer):
         As in torch, state takes the dtype of its parameter; unlike in torch, a UserWarning says so where that casts.
         Options that the checkpoint's groups lack keep their present values.
         """
-        super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        loaded: list[dict[str, Any]] = [state_dict]
+        # The last of the pre-hooks sees what is really loaded.
+        handle = self.register_load_state_dict_pre_hook(lambda _, checkpoint: loaded.append(checkpoint))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        checkpoint = loaded[-1]
+        saved = [index for group in checkpoint["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         cast = [
-            f"{key!r} of parameter {index} from {value.dtype} to {loaded[key].dtype}"
+            f"{key!r} of parameter {index} from {value.dtype} to {live[key].dtype}"
             for index, param in zip(saved, params, strict=True)
-            if (loaded := self.state.get(param))
-            for key, value in state_dict["state"].get(index, {}).items()
-            if isinstance(value, Tensor) and key in loaded and loaded[key].dtype != value.dtype
+            if (live := self.state.get(param))
+            for key, value in checkpoint["state"].get(index, {}).items()
+            if isinstance(value, Tensor) and key in live and live[key].dtype != value.dtype
         ]
         if cast:
             warnings.warn(

@@ -342,9 +342,15 @@ BAD = [
         fresh=False,
     ),
     Bad(
+        "step_negative_view",
+        lambda m: set_state(m, "step", torch._neg_view(torch.tensor(-5.0))),
+        r"state 'step' must be a one-element real tensor and no lazy view",
+        fresh=False,
+    ),
+    Bad(
         "step_two",
         lambda m: set_state(m, "step", torch.ones(2)),
-        r"state 'step' must be one torch\.float32 or torch\.float64 number, got torch\.float32 of shape \(2,\)",
+        r"state 'step' must be a one-element real tensor and no lazy view, got torch\.float32 of shape \(2,\)",
         fresh=False,
     ),
     Bad("step_number", lambda m: set_state(m, "step", 3.0), r"state 'step' is not a tensor but a float", fresh=False),

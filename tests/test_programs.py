@@ -529,3 +529,110 @@ def test_ctrl_c_during_training_leaves_a_whole_step() -> None:
     counts = {optimizer.state[p]["step"].item() for p in params}
     assert len(counts) == 1 and counts <= {steps, steps + 1}
     optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["torch.no_grad()", "torch.inference_mode()", "torch.device('meta')"])
+def test_import_in_any_mode(mode: str) -> None:
+    run_program(f"""
+        import torch
+        with {mode}:
+            import fusedopt
+        assert "signatures" in fusedopt.show_config()
+    """)
+
+
+def test_groups_added_while_state_is_made() -> None:
+    from torch.overrides import TorchFunctionMode
+
+    params, late = make_params(1, 3), make_params(300, 3)
+    for p in params + late:
+        p.grad = torch.ones(3)
+    optimizer = fusedopt.Adam(params)
+
+    class Adding(TorchFunctionMode):
+        done = False
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.zeros and not self.done:
+                self.done = True
+                for p in late:
+                    optimizer.add_param_group({"params": [p]})
+            return func(*args, **(kwargs or {}))
+
+    with Adding():
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in params + late] == [1] * 301
+
+
+def test_an_option_whose_reading_drops_a_gradient() -> None:
+    params = make_params(2, 100_000)
+    optimizer = fusedopt.Adam([{"params": [p]} for p in params])
+
+    class Meddling:
+        armed = False
+
+        def __float__(self) -> float:
+            if self.armed:
+                params[0].grad = None
+            return 1e-3
+
+    lr = optimizer.param_groups[1]["lr"] = Meddling()
+    for p in params:
+        p.grad = torch.ones(100_000 * 10)[::10]
+    optimizer.step()
+    optimizer.step()
+    lr.armed = True
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [2, 3]
+
+
+def test_collection_stays_as_another_thread_set_it() -> None:
+    [p] = make_params(1, 8_000_000)
+    p.grad = torch.ones_like(p)
+    optimizer = fusedopt.Adam([p])
+    optimizer.step()
+    started = threading.Event()
+
+    def switch_off() -> None:
+        started.set()
+        gc.disable()
+
+    thread = threading.Thread(target=switch_off)
+    try:
+        thread.start()
+        started.wait()
+        optimizer.step()
+        thread.join()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_a_large_step_after_a_small_one_releases_the_gil() -> None:
+    small, large = make_params(1, 3)[0], make_params(1, 20_000_000)[0]
+    optimizer = fusedopt.Adam([small, large])
+    small.grad, large.grad = torch.ones(3), torch.ones(20_000_000)
+    optimizer.step()
+    large.grad = None
+    optimizer.step()
+    large.grad = torch.ones(20_000_000)
+    ticks, inside, done = 0, False, False
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done:
+            ticks += inside
+
+    thread = threading.Thread(target=tick)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        thread.start()
+        inside = True
+        optimizer.step()
+        inside = False
+        done = True
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert ticks > 1000

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+import fusedopt
 from fusedopt._config import _C
 
 SHAPES = ((4, 4), (7,), (3, 3), (), (2, 2, 5))
@@ -606,3 +607,44 @@ def test_the_reference_is_not_what_is_tested() -> None:
     with correctly_rounded_sqrt():
         torch.Tensor.sqrt = None  # type: ignore[method-assign, assignment]
         optimizer.step()
+
+
+def test_a_load_hook_may_rewrite_the_checkpoint() -> None:
+    source = fusedopt.Adam([Parameter(torch.ones(3)), Parameter(torch.ones(2))])
+    for p in source.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    source.step()
+    target = fusedopt.Adam([Parameter(torch.ones(3))])
+
+    def keep_the_first(optimizer: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        [group] = checkpoint["param_groups"]
+        return {"state": {0: checkpoint["state"][0]}, "param_groups": [{**group, "params": [0]}]}
+
+    target.register_load_state_dict_pre_hook(keep_the_first)
+    target.load_state_dict(source.state_dict())
+    [p] = target.param_groups[0]["params"]
+    assert_same_bits(target.state[p]["exp_avg"], source.state_dict()["state"][0]["exp_avg"])
+
+
+def test_a_failed_first_step_leaves_an_empty_state_dict_alone() -> None:
+    p, q = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    p.grad, q.grad = torch.ones(3), torch.ones(3)
+    optimizer = fusedopt.Adam([p, q])
+    touched = optimizer.state[p]
+    q.data = p.data
+    with pytest.raises(RuntimeError, match="shares memory"):
+        optimizer.step()
+    assert list(optimizer.state) == [p] and optimizer.state[p] is touched and touched == {}
+
+
+def test_beta1_of_one_changes_nothing() -> None:
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = fusedopt.Adam([p])
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["betas"] = (1.0, 0.999)
+    with pytest.raises(ValueError, match="beta1"):
+        optimizer.step()
+    assert_same_bits(p.detach(), before)
+    assert optimizer.state[p]["step"] == 1

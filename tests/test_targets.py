@@ -380,3 +380,20 @@ def test_subnormal_parameters_are_kept(capability: str) -> None:
             fusedopt.Adam(params, lr=0.0).step()
         assert_same_bits(torch.cat([p.detach() for p in params]), values)
         assert len(split(values, sizes)) == len(params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_targets_store_the_same_nan(dtype: torch.dtype, set_capability: Choose) -> None:
+    """AMSGrad's maximum of a NaN and a number, either way round: the very bits."""
+    stored = []
+    for name in _C.build_info()["cpu_usable"]:
+        set_capability(name)
+        p = torch.nn.Parameter(torch.ones(40, dtype=dtype))
+        optimizer = fusedopt.Adam([p], amsgrad=True)
+        for i in range(3):
+            p.grad = torch.ones(40, dtype=dtype)
+            p.grad[5 * i :: 7] = torch.nan
+            optimizer.step()
+        view = torch.int32 if dtype == torch.float32 else torch.int64
+        stored.append(optimizer.state[p]["max_exp_avg_sq"].view(view))
+    assert all(torch.equal(bits, stored[0]) for bits in stored)

@@ -20,7 +20,7 @@ struct Target {
 
 // A row's share of the running total: its elements, and a constant for the work around them.
 constexpr int64_t kRowCost = 64;
-// Pieces of a row begin at multiples of this many elements, so that no two threads write one cache line.
+// Pieces of a row begin at multiples of this many elements: whole cache lines, if the row begins at one.
 constexpr int64_t kPieceAlignment = 128;
 
 // Best first; ends with the portable one, which runs everywhere.

@@ -73,7 +73,7 @@ struct F32 {
   friend F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
   friend F32 neg(F32 a) { return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f)); }
   friend F32 maximum(F32 a, F32 b) {
-    return _mm256_or_ps(_mm256_max_ps(a.v, b.v), _mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q));
+    return _mm256_blendv_ps(_mm256_max_ps(a.v, b.v), _mm256_add_ps(a.v, b.v), _mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q));
   }
   friend F32 flush_subnormal(F32 a) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
@@ -106,7 +106,7 @@ struct F64 {
   friend F64 fma(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
   friend F64 neg(F64 a) { return _mm256_xor_pd(a.v, _mm256_set1_pd(-0.0)); }
   friend F64 maximum(F64 a, F64 b) {
-    return _mm256_or_pd(_mm256_max_pd(a.v, b.v), _mm256_cmp_pd(a.v, b.v, _CMP_UNORD_Q));
+    return _mm256_blendv_pd(_mm256_max_pd(a.v, b.v), _mm256_add_pd(a.v, b.v), _mm256_cmp_pd(a.v, b.v, _CMP_UNORD_Q));
   }
   friend F64 flush_subnormal(F64 a) {
     const __m256d sign = _mm256_set1_pd(-0.0);

@@ -88,7 +88,7 @@ struct Lane {
   friend Lane maximum(Lane a, Lane b) {
     return each([&](int k) {
       const bool unordered = a.v[k] != a.v[k] || b.v[k] != b.v[k];
-      return unordered ? std::numeric_limits<T>::quiet_NaN() : a.v[k] > b.v[k] ? a.v[k] : b.v[k];
+      return unordered ? a.v[k] + b.v[k] : a.v[k] > b.v[k] ? a.v[k] : b.v[k];
     });
   }
   friend Lane flush_subnormal(Lane a) {

@@ -88,6 +88,18 @@ std::unique_ptr<Layout> plan_row(const Streams& streams, TensorRow* row) {
   return layout;
 }
 
+bool same_written_layout(const Layout* a, const Layout* b, int num_streams) {
+  if (!a || !b) return a == b;
+  if (a->ndim != b->ndim) return false;
+  for (int d = 0; d < a->ndim; ++d) {
+    if (a->dim[d].size != b->dim[d].size) return false;
+    for (int k = 0; k < num_streams; ++k) {
+      if (k != kGrad && a->dim[d].stride[k] != b->dim[d].stride[k]) return false;
+    }
+  }
+  return true;
+}
+
 void stream_extent(const TensorRow& row, int stream, int64_t itemsize, const std::byte** begin, const std::byte** end) {
   int64_t last = row.numel - 1;
   if (const Layout* layout = row.layout) {
@@ -118,6 +130,21 @@ bool any_byte_of(const TensorRow& row, int stream, int64_t itemsize, Visit visit
     }
   }
   return false;
+}
+
+// True if the strides alone show that no two elements of a stream are in one place: each dimension steps over all that
+// the ones inside it reach. So it is for every permuted or sliced tensor.
+bool elements_apart(const Layout* layout, int stream) {
+  if (!layout) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int d = 0; d < layout->ndim; ++d) dims.emplace_back(layout->dim[d].stride[stream], layout->dim[d].size);
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < extent) return false;
+    extent += stride * (size - 1);
+  }
+  return true;
 }
 
 }  // namespace
@@ -161,11 +188,12 @@ bool WrittenMemory::find_overlap(Region* a, Region* b) {
   for (Region& region : regions_) region.reach = reach = std::max(reach, region.end);
 
   for (size_t i = 0; i < regions_.size();) {
-    // A cluster: regions whose extents touch. Alone and dense is the usual case.
+    // A cluster: regions whose extents touch. One alone is the usual case.
     size_t next = i + 1;
     while (next < regions_.size() && regions_[next].begin < regions_[next - 1].reach) ++next;
-    const bool dense = regions_[i].stream == kStepCount || !shapes_[regions_[i].owner].row->layout;
-    if (!(next == i + 1 && dense) && elements_overlap(i, next, a, b)) return true;
+    const bool apart =
+        regions_[i].stream == kStepCount || elements_apart(shapes_[regions_[i].owner].row->layout, regions_[i].stream);
+    if (!(next == i + 1 && apart) && elements_overlap(i, next, a, b)) return true;
     i = next;
   }
   return false;

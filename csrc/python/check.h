@@ -76,6 +76,9 @@ class WrittenMemory {
   std::vector<Shape> shapes_;
 };
 
+// Do two layouts, null for dense ones, walk what is written the same way?
+bool same_written_layout(const Layout* a, const Layout* b, int num_streams);
+
 // The bytes from the first element of a stream to behind its last.
 void stream_extent(const TensorRow& row, int stream, int64_t itemsize, const std::byte** begin, const std::byte** end);
 

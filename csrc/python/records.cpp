@@ -42,11 +42,16 @@ int64_t find_the_one(int64_t from, int64_t to, Differ differ) {
   return one;
 }
 
+// torch.zeros on the CPU, whatever the default device.
+py::object cpu_zeros(py::handle torch) {
+  return py::module_::import("functools").attr("partial")(torch.attr("zeros"), py::arg("device") = "cpu");
+}
+
 uint64_t integer(const py::object& o) { return o.cast<uint64_t>(); }
 
 // Fills the offsets from what Python and DLPack say of a few tensors.
 bool locate(py::handle torch) {
-  const py::object zeros = torch.attr("zeros"), parameter = torch.attr("nn").attr("Parameter");
+  const py::object zeros = cpu_zeros(torch), parameter = torch.attr("nn").attr("Parameter");
   const py::object slice = zeros(py::make_tuple(5, 7)).attr("__getitem__")(py::slice(1, 5, 1));
   const py::object storage = slice.attr("untyped_storage")();
   at.record = find_word(reinterpret_cast<const char*>(slice.ptr()), sizeof(PyObject),
@@ -103,7 +108,7 @@ bool locate(py::handle torch) {
 
 // Changes tensors in every way there is to change one in place; each must be noticed.
 bool notices_changes(py::handle torch) {
-  const auto fresh = [&] { return torch.attr("empty")(py::make_tuple(4, 6)); };
+  const auto fresh = [&] { return cpu_zeros(torch)(py::make_tuple(4, 6)); };
   const auto notices = [&](auto&& change) {
     py::object t = fresh();
     TensorView view;
@@ -122,14 +127,12 @@ bool notices_changes(py::handle torch) {
       return data;
     });
   };
-  const py::object foreign =
-      torch.attr("frombuffer")(py::bytearray(std::string(96, 0)), py::arg("dtype") = torch.attr("float32"));
   bool ok = set_data([&](py::object) { return fresh(); });
   ok = ok && set_data([&](py::object t) { return t.attr("t")(); });
   ok = ok && set_data([&](py::object t) { return t.attr("__getitem__")(1); });
   ok = ok && set_data([&](py::object t) { return t.attr("bfloat16")(); });
   ok = ok && set_data([&](py::object t) { return t.attr("int")(); });
-  ok = ok && notices([&](py::object t) { return t.attr("set_")(foreign); });
+  ok = ok && notices([&](py::object t) { return t.attr("set_")(fresh()); });
   ok = ok && notices([&](py::object t) { return t.attr("resize_")(2, 3); });
   ok = ok && notices([&](py::object t) { return t.attr("t_")(); });
   ok = ok && notices([&](py::object t) { return t.attr("unsqueeze_")(0); });
@@ -140,7 +143,7 @@ bool notices_changes(py::handle torch) {
 
 // Gradients come, go and are replaced; the record must be that of `.grad` each time.
 bool follows_gradients(py::handle torch) {
-  const py::object zeros = torch.attr("zeros"), p = torch.attr("nn").attr("Parameter")(zeros(3));
+  const py::object zeros = cpu_zeros(torch), p = torch.attr("nn").attr("Parameter")(zeros(3));
   const py::object view = zeros(6).attr("__getitem__")(py::slice(0, 3, 1));
   const auto follows = [](const py::object& t) {
     const py::object grad = t.attr("grad");
@@ -167,7 +170,7 @@ void find_bump_version(py::handle torch) {
       reinterpret_cast<BumpVersion>(dlsym(library, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"));
   dlclose(library);
   if (!candidate) return;
-  const py::object t = torch.attr("zeros")(3);
+  const py::object t = cpu_zeros(torch)(3);
   const int64_t before = t.attr("_version").cast<int64_t>();
   candidate(reinterpret_cast<const char*>(t.ptr()) + at.record);
   if (t.attr("_version").cast<int64_t>() == before + 1) bump_version = candidate;
@@ -177,9 +180,13 @@ void find_bump_version(py::handle torch) {
 
 void find(py::handle torch) {
   increment_version = py::object(torch.attr("_C").attr("_increment_version")).release().ptr();
-  found = locate(torch);
-  found = found && notices_changes(torch) && follows_gradients(torch);
-  if (found) find_bump_version(torch);
+  try {
+    found = locate(torch);
+    found = found && notices_changes(torch) && follows_gradients(torch);
+    if (found) find_bump_version(torch);
+  } catch (py::error_already_set&) {
+    found = false;
+  }
 }
 
 void bump_versions(PyObject* const* tensors, size_t count) {

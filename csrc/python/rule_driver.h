@@ -79,9 +79,7 @@ class Group {
   TensorView tensor(PyObject* value, int key) const {
     TensorView view;
     std::string why;
-    if (!read_tensor(value, &view, &why)) throw py::type_error(where(key) + " " + why);
-    if (view.numel() != 1 || view.is_complex || is_lazy_view(value))
-      throw py::type_error(where(key) + " must be one real number, got a tensor of shape " + view.shape_string());
+    if (!read_number(value, &view, &why)) throw py::type_error(where(key) + " " + why);
     return view;
   }
 
@@ -126,9 +124,9 @@ class RuleDriver {
   virtual int max_states() const = 0;
   virtual const char* state_name(int k) const = 0;
   virtual int num_states(int variant) const = 0;
-  // Reads the options of group `index`; returns the variant its rows need.
-  virtual int read_group(size_t index, PyObject* dict, const char* optimizer) = 0;
-  virtual void begin_step(size_t num_groups, Unscale unscale) = 0;
+  virtual void begin_step(Unscale unscale) = 0;
+  // Reads the options of the next group; returns the variant its rows need.
+  virtual int read_group(PyObject* dict, const char* optimizer) = 0;
   // The scalars for a step count, in the opmath of the dtype; valid until begin_step.
   virtual const void* scalars(size_t group, double step, DType dtype) = 0;
 };
@@ -146,21 +144,27 @@ class RuleDriverOf final : public RuleDriver {
   const char* state_name(int k) const override { return Rule::kStateNames[k]; }
   int num_states(int variant) const override { return Rule::num_states(variant); }
 
-  void begin_step(size_t num_groups, Unscale unscale) override {
+  void begin_step(Unscale unscale) override {
     unscale_ = unscale;
-    groups_.resize(num_groups);
+    num_groups_ = 0;
   }
 
-  int read_group(size_t index, PyObject* dict, const char* optimizer) override {
-    const Group group(dict, keys_, Rule::kKeys, optimizer, index);
-    PerGroup& g = groups_[index];
+  int read_group(PyObject* dict, const char* optimizer) override {
+    const Group group(dict, keys_, Rule::kKeys, optimizer, num_groups_);
+    if (num_groups_ == groups_.size()) groups_.emplace_back();
+    PerGroup& g = groups_[num_groups_++];
     g.options = Rule::options(group);
     g.by_step.clear();
     g.last = nullptr;
     PyObject* lr = group.get(Rule::kLr);
-    g.lr = group.number(Rule::kLr);
     g.lr_is_tensor = is_tensor(lr);
-    if (g.lr_is_tensor) g.lr_dtype = group.tensor(lr, Rule::kLr).dtype;
+    if (g.lr_is_tensor) {
+      const TensorView view = group.tensor(lr, Rule::kLr);
+      g.lr = view.first();
+      g.lr_dtype = view.dtype;
+    } else {
+      g.lr = group.number(Rule::kLr);
+    }
     return Rule::variant(group);
   }
 
@@ -206,6 +210,7 @@ class RuleDriverOf final : public RuleDriver {
   PyObject* keys_[Rule::kNumKeys];
   Unscale unscale_;
   std::vector<PerGroup> groups_;
+  size_t num_groups_ = 0;
 };
 
 template <int id = 0, class First, class... Rest>

@@ -52,17 +52,19 @@ namespace {
 // Elements of cost, about half a millisecond: more than this runs without the GIL.
 constexpr int64_t kReleaseCost = 1 << 20;
 
-// No garbage collection while borrowed pointers are in use: a collection runs users' code.
+// No garbage collection while borrowed pointers are in use: a collection runs users' code. Nests, also across threads.
 class NoCollection {
  public:
-  NoCollection() : was_enabled_(PyGC_Disable()) {}
+  NoCollection() {
+    if (depth_++ == 0) was_enabled_ = PyGC_Disable();
+  }
   ~NoCollection() {
-    if (was_enabled_) PyGC_Enable();
+    if (--depth_ == 0 && was_enabled_) PyGC_Enable();
   }
   NoCollection(const NoCollection&) = delete;
 
  private:
-  int was_enabled_;
+  static inline int depth_ = 0, was_enabled_ = 0;  // guarded by the GIL
 };
 
 class Held {
@@ -82,8 +84,8 @@ class Held {
 double read_scalar(const py::object& tensor, const std::string& optimizer, const char* what) {
   TensorView view;
   std::string why;
-  if (!read_tensor(tensor.ptr(), &view, &why)) throw std::runtime_error(optimizer + ": " + what + " " + why);
-  if (view.numel() != 1 || view.dtype != DType::kFloat32)
+  if (!read_number(tensor.ptr(), &view, &why)) throw std::runtime_error(optimizer + ": " + what + " " + why);
+  if (view.dtype != DType::kFloat32)
     throw std::runtime_error(optimizer + ": " + what + " must be a one-element torch.float32 tensor");
   return view.first();
 }
@@ -94,21 +96,19 @@ PyObject* value_at(PyObject* dict, Py_ssize_t position, PyObject* key) {
   return PyDict_Next(dict, &position, &found, &value) && found == key ? value : nullptr;
 }
 
-// The value of a key, a string or an object compared by identity, and its position, looked for from `hint` on.
+// The value of a key and its position, which is `hint` if the keys are asked for in their order.
 PyObject* find_value(PyObject* dict, PyObject* key, Py_ssize_t hint, int32_t* at) {
-  for (const Py_ssize_t from : {hint, Py_ssize_t{0}}) {
-    Py_ssize_t position = from, before = from;
-    PyObject *found, *value;
-    while (PyDict_Next(dict, &position, &found, &value)) {
-      // Strings from a file may be equal and not the same.
-      const bool both = PyUnicode_Check(found) && PyUnicode_Check(key);
-      if (found == key || (both && PyUnicode_Compare(found, key) == 0))
-        return *at = static_cast<int32_t>(before), value;
-      before = position;
-    }
-    if (from == 0) break;
+  PyObject* value = value_at(dict, hint, key);
+  if (value) return *at = static_cast<int32_t>(hint), value;
+  value = PyDict_GetItemWithError(dict, key);
+  if (!value) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return nullptr;
   }
-  return nullptr;
+  Py_ssize_t position = 0, before = 0;
+  PyObject *found, *other;
+  while (PyDict_Next(dict, &position, &found, &other) && other != value) before = position;
+  return *at = static_cast<int32_t>(before), value;
 }
 
 }  // namespace
@@ -118,12 +118,15 @@ class Stepper::Scan {
  public:
   py::list groups;
   py::dict state;
+  Unscale unscale;
   std::vector<int> variants;
   std::vector<PyObject*> written;  // the parameters of this step
   std::vector<Dirty> dirty;
   std::vector<size_t> moved_grads;
-  std::vector<PyObject*> made_state;  // parameters whose state this step made: taken back if it fails
-  Py_ssize_t next_state = 0;          // where the next parameter's state is likely to be
+  // Parameters whose state this step made, and what was there before, null or an empty dict: put back if it fails.
+  std::vector<std::pair<PyObject*, PyObject*>> made_state;
+  int64_t cost = 0;
+  Py_ssize_t next_state = 0;  // where the next parameter's state is likely to be
   bool memory_changed = false;
   // References to every gradient and all state are held, so that the GIL may be released. A step of little work keeps
   // the GIL instead: its gradients' Python objects would cost more than the work.
@@ -135,11 +138,14 @@ class Stepper::Scan {
     written.clear();
     dirty.clear();
     moved_grads.clear();
+    cost = 0;
   }
 
   ~Scan() {
-    for (PyObject* param : made_state) {
-      if (PyObject_DelItem(state.ptr(), param) != 0) PyErr_Clear();
+    for (auto made = made_state.rbegin(); made != made_state.rend(); ++made) {
+      const auto [param, before] = *made;
+      const int failed = before ? PyObject_SetItem(state.ptr(), param, before) : PyObject_DelItem(state.ptr(), param);
+      if (failed) PyErr_Clear();
     }
   }
 };
@@ -218,8 +224,8 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   };
 
   read(kParam, dirty.param, "the parameter", false);
-  if (py::handle(dirty.param).attr("is_inference")().cast<bool>() &&
-      !py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>())
+  const bool inference = py::handle(dirty.param).attr("is_inference")().cast<bool>();
+  if (inference && !py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>())
     fail(who, "the parameter", "is an inference tensor and cannot be updated outside torch.inference_mode(); clone it");
   if (is_tensor(dirty.grad) && py::handle(dirty.grad).attr("is_sparse").cast<bool>()) {
     throw std::runtime_error(rule_->no_sparse() + std::string(" (") + who.text() + ")");
@@ -247,18 +253,18 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   TensorView step;
   PyObject* step_tensor = find_value(param_state, str_step_, 0, &entry.step_at);
   if (!step_tensor) fail(who, "state 'step'", "is missing");
-  if (!read_tensor(step_tensor, &step, &why)) fail(who, "state 'step'", why);
-  if (step.numel() != 1 || step.is_complex || (step.dtype != DType::kFloat32 && step.dtype != DType::kFloat64)) {
+  if (!read_number(step_tensor, &step, &why)) fail(who, "state 'step'", why);
+  if (step.dtype != DType::kFloat32 && step.dtype != DType::kFloat64) {
     fail(who, "state 'step'",
-         std::string("must be one torch.float32 or torch.float64 number, got ") +
-             dtype_name(step.dtype, step.is_complex) + " of shape " + step.shape_string());
+         std::string("must be torch.float32 or torch.float64, got ") + dtype_name(step.dtype, false));
   }
   scan->held.keep(step_tensor);
 
   const TensorRow before = row;
   std::unique_ptr<Layout> layout = plan_row(streams, &row);
-  bool moved = !entry.in_memory || entry.layout || layout || entry.step != step.data || before.numel != row.numel ||
-               entry.variant != variant || entry.dtype != streams.view[kParam].dtype;
+  bool moved = !entry.in_memory || !same_written_layout(entry.layout.get(), layout.get(), streams.count) ||
+               entry.step != step.data || before.numel != row.numel || entry.variant != variant ||
+               entry.dtype != streams.view[kParam].dtype;
   for (int k = 0; k < streams.count; ++k) moved |= k != kGrad && before.data[k] != row.data[k];
   scan->memory_changed |= moved;
 
@@ -275,7 +281,8 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
     entry.signature[k] = tensors[k] ? Signature::of(tensors[k], streams.view[k]) : nullptr;
     signed_all &= entry.signature[k] != nullptr;
   }
-  if (!signed_all || !records::available()) entry.signature[kParam] = nullptr;
+  // What may be updated depends on the mode for an inference tensor: never taken the quick way.
+  if (!signed_all || inference || !records::available()) entry.signature[kParam] = nullptr;
   row.layout = entry.layout.get();
   row.update = target_->find(rule_->id(), variant, entry.dtype);
   const std::byte *from, *to;
@@ -285,12 +292,19 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
 }
 
 void Stepper::scan_groups(Scan* scan) {
-  const size_t num_groups = PyList_GET_SIZE(scan->groups.ptr());
-  size_t n = 0;
-  for (size_t g = 0; g < num_groups; ++g) {
-    PyObject* group = PyList_GET_ITEM(scan->groups.ptr(), g);
+  // All options first: reading a number may run users' code, which must not meet a half-done scan.
+  PyObject* groups = scan->groups.ptr();
+  rule_->begin_step(scan->unscale);
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+    PyObject* group = PyList_GET_ITEM(groups, g);
     if (!PyDict_Check(group)) throw py::type_error(optimizer_ + ": param_groups must be a list of dicts");
-    scan->variants.push_back(rule_->read_group(g, group, optimizer_.c_str()));
+    scan->held.keep(group);
+    scan->variants.push_back(rule_->read_group(group, optimizer_.c_str()));
+  }
+  size_t n = 0;
+  for (size_t g = 0; g < scan->variants.size() && g < static_cast<size_t>(PyList_GET_SIZE(groups)); ++g) {
+    PyObject* group = PyList_GET_ITEM(groups, g);
+    if (!PyDict_Check(group)) throw py::type_error(optimizer_ + ": param_groups must be a list of dicts");
     PyObject* params = PyDict_GetItemWithError(group, str_params_);
     if (!params || !PyList_Check(params))
       throw py::type_error(optimizer_ + ": param_groups[" + std::to_string(g) + "]['params'] must be a list");
@@ -339,6 +353,7 @@ void Stepper::scan_groups(Scan* scan) {
         scan->dirty.push_back({n, param, grad});
       }
       scan->memory_changed |= !entry.in_memory;
+      scan->cost += row.numel;
     }
   }
   if (n < entries_.size()) {
@@ -372,8 +387,11 @@ bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
 
   const py::list made = new_states(missing);
   for (size_t i = 0; i < without_state.size(); ++i) {
-    scan->made_state.push_back(without_state[i]);
-    if (PyObject_SetItem(scan->state.ptr(), without_state[i], made[i].ptr()) != 0) throw py::error_already_set();
+    PyObject* param = without_state[i];
+    PyObject* before = PyDict_GetItemWithError(scan->state.ptr(), param);
+    if (before) scan->held.keep(before);
+    scan->made_state.emplace_back(param, before);
+    if (PyObject_SetItem(scan->state.ptr(), param, made[i].ptr()) != 0) throw py::error_already_set();
   }
   return false;
 }
@@ -439,6 +457,20 @@ void Stepper::check_memory(Scan* scan) {
   check_grads(active, false);
 }
 
+// Gives every row that takes part its scalars and its place in the running total, which it returns.
+int64_t Stepper::prepare_rows() {
+  int64_t cost = 0;
+  for (size_t n = 0; n < entries_.size(); ++n) {
+    Entry& entry = entries_[n];
+    TensorRow& row = rows_[n];
+    row.start = cost;
+    if (!entry.active) continue;
+    row.scalars = rule_->scalars(entry.group, entry.next_step_count(), entry.dtype);
+    cost += row.numel + kRowCost;
+  }
+  return cost;
+}
+
 int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
                       py::object found_inf, int max_threads) {
   if (busy_) throw std::runtime_error(optimizer_ + ": step() is already running, in another thread or from a hook");
@@ -457,36 +489,35 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
     unscale.inv_scale = static_cast<float>(1.0 / read_scalar(grad_scale, optimizer_, "grad_scale"));
   }
 
-  NoCollection no_collection;
   Scan scan;
   scan.memory_changed = !memory_checked_;
   memory_checked_ = false;
   scan.groups = std::move(param_groups);
   scan.state = std::move(state);
+  scan.unscale = unscale;
   scan.hold = last_cost_ > kReleaseCost;
   scan.held.reserve(scan.hold ? entries_.size() * 6 : 0);
-  rule_->begin_step(PyList_GET_SIZE(scan.groups.ptr()), unscale);
   if (target_ != &current_target()) {
     target_ = &current_target();
     for (Entry& entry : entries_) entry.param = nullptr;
   }
-  do {
-    scan.begin();
-    scan_groups(&scan);
-  } while (!refresh_dirty(new_states, &scan));
-  check_memory(&scan);
-  memory_checked_ = true;
-
   int64_t cost = 0;
-  for (size_t n = 0; n < entries_.size(); ++n) {
-    Entry& entry = entries_[n];
-    TensorRow& row = rows_[n];
-    row.start = cost;
-    if (!entry.active) continue;
-    row.scalars = rule_->scalars(entry.group, entry.next_step_count(), entry.dtype);
-    cost += row.numel + kRowCost;
+  {
+    const NoCollection no_collection;
+    for (;;) {
+      scan.begin();
+      scan_groups(&scan);
+      if (!scan.hold && (scan.cost > kReleaseCost || !scan.dirty.empty())) {
+        scan.hold = true;  // more work than the last step foretold, or Python code to run: begin anew
+      } else if (refresh_dirty(new_states, &scan)) {
+        break;
+      }
+    }
+    check_memory(&scan);
+    memory_checked_ = true;
+    cost = prepare_rows();
+    records::bump_versions(scan.written.data(), scan.written.size());
   }
-  records::bump_versions(scan.written.data(), scan.written.size());
 
   // Nothing below can fail.
   scan.made_state.clear();

@@ -38,6 +38,7 @@ class Stepper {
   bool refresh_dirty(const py::function& new_states, Scan* scan);
   void refresh(const Dirty& dirty, PyObject* param_state, Scan* scan);
   void check_memory(Scan* scan);
+  int64_t prepare_rows();
   ParamName name(const Entry& entry, const Scan& scan) const;
 
   std::unique_ptr<RuleDriver> rule_;

@@ -141,6 +141,14 @@ bool read_tensor(PyObject* tensor, TensorView* out, std::string* why) {
   return true;
 }
 
+bool read_number(PyObject* tensor, TensorView* out, std::string* why) {
+  if (!read_tensor(tensor, out, why)) return false;
+  if (out->numel() == 1 && !out->is_complex && !is_lazy_view(tensor)) return true;
+  *why = "must be a one-element real tensor and no lazy view, got " +
+         std::string(dtype_name(out->dtype, out->is_complex)) + " of shape " + out->shape_string();
+  return false;
+}
+
 void bind_tensors(py::handle torch) {
   const py::object Tensor = torch.attr("Tensor");
   if (!py::hasattr(Tensor, "__dlpack_c_exchange_api__")) {

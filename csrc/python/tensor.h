@@ -46,6 +46,8 @@ PyObject* get_grad(PyObject* tensor);
 int read_dlpack(PyObject* tensor, dlpack::Tensor* out);
 // Reads a strided CPU tensor of a supported dtype. Otherwise returns false and says in `why` what was got.
 bool read_tensor(PyObject* tensor, TensorView* out, std::string* why);
+// The same for a tensor that is one real number.
+bool read_number(PyObject* tensor, TensorView* out, std::string* why);
 // Conjugate and negative views read as if they were not: true for those.
 bool is_lazy_view(PyObject* tensor);
 

@@ -5,7 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
+#include <stdexcept>
 
 namespace fusedopt {
 
@@ -64,6 +64,7 @@ struct Adam {
     const double one_minus_beta1 = 1 - options.beta1;
     const double bias_correction1 = 1 - std::pow(options.beta1, step);
     const double bias_correction2 = 1 - std::pow(options.beta2, step);
+    if (bias_correction1 == 0) throw std::domain_error("Adam: beta1 ** step is 1, so the step size is infinite");
     const bool decays = options.weight_decay != 0;
 
     Scalars<T> s;
