@@ -220,14 +220,24 @@ bool WrittenMemory::elements_overlap(size_t from, size_t to, Region* a, Region* 
   return false;
 }
 
+// The first region that begins at or behind `p`.
+size_t WrittenMemory::first_from(const std::byte* p) const {
+  // Gradients made one after the other often lie between regions that were: look a little further than last time.
+  for (size_t i = cursor_; i < std::min(cursor_ + 8, regions_.size()); ++i) {
+    if (regions_[i].begin >= p && (i == 0 || regions_[i - 1].begin < p)) return cursor_ = i;
+  }
+  const auto found = std::lower_bound(regions_.begin(), regions_.end(), p,
+                                      [](const Region& r, const std::byte* q) { return r.begin < q; });
+  return cursor_ = found - regions_.begin();
+}
+
 bool WrittenMemory::gradient_overlaps(const TensorRow& row, int64_t itemsize, size_t owner, Gap* gap,
                                       Region* touched) const {
   *gap = {};
   if (row.numel == 0) return false;
   const std::byte *from, *to;
   stream_extent(row, kGrad, itemsize, &from, &to);
-  const auto next = std::lower_bound(regions_.begin(), regions_.end(), to,
-                                     [](const Region& r, const std::byte* p) { return r.begin < p; });
+  const auto next = regions_.begin() + first_from(to);
   const std::byte* reach = next == regions_.begin() ? nullptr : std::prev(next)->reach;
   if (reach <= from) {
     *gap = {reach, next == regions_.end() ? reinterpret_cast<const std::byte*>(UINTPTR_MAX) : next->begin};

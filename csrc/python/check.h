@@ -72,7 +72,10 @@ class WrittenMemory {
   bool any_byte(const Region& region, Visit visit) const;
   bool elements_overlap(size_t from, size_t to, Region* a, Region* b) const;
 
+  size_t first_from(const std::byte* p) const;
+
   std::vector<Region> regions_;
+  mutable size_t cursor_ = 0;
   std::vector<Shape> shapes_;
 };
 
