@@ -155,7 +155,6 @@ class RuleDriverOf final : public RuleDriver {
     PerGroup& g = groups_[num_groups_++];
     g.options = Rule::options(group);
     g.by_step.clear();
-    g.last = nullptr;
     PyObject* lr = group.get(Rule::kLr);
     g.lr_is_tensor = is_tensor(lr);
     if (g.lr_is_tensor) {
@@ -170,16 +169,13 @@ class RuleDriverOf final : public RuleDriver {
 
   const void* scalars(size_t group, double step, DType dtype) override {
     PerGroup& g = groups_[group];
-    if (!g.last || g.last_step != step) {
-      g.last = &g.by_step[step];
-      g.last_step = step;
-    }
+    PerStep& at = g.by_step[step];
     if (dtype == DType::kFloat64) {
-      if (!g.last->has_f64) g.last->f64 = make<double>(g, step), g.last->has_f64 = true;
-      return &g.last->f64;
+      if (!at.has_f64) at.f64 = make<double>(g, step), at.has_f64 = true;
+      return &at.f64;
     }
-    if (!g.last->has_f32) g.last->f32 = make<float>(g, step), g.last->has_f32 = true;
-    return &g.last->f32;
+    if (!at.has_f32) at.f32 = make<float>(g, step), at.has_f32 = true;
+    return &at.f32;
   }
 
  private:
@@ -194,8 +190,6 @@ class RuleDriverOf final : public RuleDriver {
     bool lr_is_tensor;
     DType lr_dtype;
     std::unordered_map<double, PerStep> by_step;
-    double last_step;
-    PerStep* last = nullptr;
   };
 
   template <class T>

@@ -460,12 +460,21 @@ void Stepper::check_memory(Scan* scan) {
 // Gives every row that takes part its scalars and its place in the running total, which it returns.
 int64_t Stepper::prepare_rows() {
   int64_t cost = 0;
+  const Entry* last = nullptr;
+  double last_step = 0;
+  const void* scalars = nullptr;
   for (size_t n = 0; n < entries_.size(); ++n) {
     Entry& entry = entries_[n];
     TensorRow& row = rows_[n];
     row.start = cost;
     if (!entry.active) continue;
-    row.scalars = rule_->scalars(entry.group, entry.next_step_count(), entry.dtype);
+    const double step = entry.next_step_count();
+    if (!last || last->group != entry.group || last->dtype != entry.dtype || last_step != step) {
+      scalars = rule_->scalars(entry.group, step, entry.dtype);
+      last = &entry;
+      last_step = step;
+    }
+    row.scalars = scalars;
     cost += row.numel + kRowCost;
   }
   return cost;
@@ -497,6 +506,7 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
   scan.unscale = unscale;
   scan.hold = last_cost_ > kReleaseCost;
   scan.held.reserve(scan.hold ? entries_.size() * 6 : 0);
+  scan.written.reserve(entries_.size());
   if (target_ != &current_target()) {
     target_ = &current_target();
     for (Entry& entry : entries_) entry.param = nullptr;
