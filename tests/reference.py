@@ -52,12 +52,12 @@ def correctly_rounded_sqrt() -> Iterator[None]:
 
     had_own = "sqrt" in vars(torch.Tensor)  # usually it is inherited
     original = torch.Tensor.sqrt
-    torch.Tensor.sqrt = sqrt  # type: ignore[assignment]
+    torch.Tensor.sqrt = sqrt
     try:
         yield
     finally:
         if had_own:
-            torch.Tensor.sqrt = original  # type: ignore[method-assign]
+            torch.Tensor.sqrt = original
         else:
             del torch.Tensor.sqrt
 

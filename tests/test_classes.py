@@ -316,7 +316,7 @@ def global_calls() -> Iterator[list[str]]:
 def test_hooks_fire_exactly_once(
     ours: type[Optimizer], theirs: type[Optimizer], flags: dict[str, Any], order: int, global_calls: list[str]
 ) -> None:
-    class Mine(ours):  # type: ignore[misc, valid-type]
+    class Mine(ours):
         """As users do; its step is patched by torch when the first one is made."""
 
     for cls in [ours, theirs, Mine, torch.optim.Adam, torch.optim.AdamW][::order]:
@@ -380,8 +380,8 @@ def test_post_accumulate_grad_hooks_may_step() -> None:
     optimizers = {p: fusedopt.AdamW([p]) for p in module.parameters()}
 
     def hook(p: Tensor) -> None:
-        optimizers[p].step()  # type: ignore[index]
-        optimizers[p].zero_grad()  # type: ignore[index]
+        optimizers[p].step()
+        optimizers[p].zero_grad()
 
     for p in module.parameters():
         p.register_post_accumulate_grad_hook(hook)

@@ -23,8 +23,8 @@ def load_database() -> Any:
     """Torch's module imports its test tools; of those that a plain installation lacks it needs one base class."""
     if "expecttest" not in sys.modules and importlib.util.find_spec("expecttest") is None:
         stub = types.ModuleType("expecttest")
-        stub.TestCase = unittest.TestCase  # type: ignore[attr-defined]
-        stub.ACCEPT = False  # type: ignore[attr-defined]
+        stub.TestCase = unittest.TestCase
+        stub.ACCEPT = False
         sys.modules["expecttest"] = stub
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that hypothesis is not installed

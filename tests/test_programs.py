@@ -84,8 +84,8 @@ def test_other_threads_run_during_a_step() -> None:
             counter[0] += 1
             time.sleep(0)  # lets go of the GIL
 
-    native = optimizer._stepper.step  # type: ignore[attr-defined]
-    arguments = optimizer.param_groups, optimizer.state, optimizer._new_states, None, None, 1  # type: ignore[attr-defined]
+    native = optimizer._stepper.step
+    arguments = optimizer.param_groups, optimizer.state, optimizer._new_states, None, None, 1
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000.0)
     thread = threading.Thread(target=count, daemon=True)
@@ -430,7 +430,7 @@ def test_no_leak() -> None:
             for p in params:
                 p.grad = torch.ones(1000) if i % 3 else torch.ones(2000)[::2]
             if i % 50 == 0:
-                params[0].grad.data = torch.ones(3)  # type: ignore[union-attr]
+                params[0].grad.data = torch.ones(3)
                 with pytest.raises(RuntimeError):
                     optimizer.step()
                 params[0].grad = None

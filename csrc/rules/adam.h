@@ -41,7 +41,6 @@ struct Adam {
   static constexpr const char* kKeys[kNumKeys] = {
       "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
 
-  // `Lr` is double, or a type that rounds every operation as torch does for an lr that is a tensor of some dtype.
   template <class Group>
   static int variant(const Group& group) {
     return group.flag(kAmsgradKey) ? kAmsgrad : kPlain;
@@ -59,6 +58,7 @@ struct Adam {
   }
 
   // In double and in torch's order; each scalar is rounded once, here, to opmath T.
+  // `Lr` is double, or a type that rounds every operation as torch does for an lr that is a tensor of some dtype.
   template <class T, class Lr>
   static Scalars<T> scalars(const Options& options, Lr lr, double step, bool unscale, double inv_scale) {
     const double one_minus_beta1 = 1 - options.beta1;

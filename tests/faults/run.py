@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent.resolve()
 sys.path.insert(0, str(HERE.parent))
 
-from scratch import Scratch, scratch_copy  # noqa: E402  the tests' folder is not a package
+from scratch import Scratch, scratch_copy  # noqa: E402  found by the line above
 
 
 def pytest(copy: Scratch, nodes: str) -> subprocess.CompletedProcess[str]:
