@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import random
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -324,6 +325,56 @@ def test_module_moved_after_the_optimizer_was_made(dtype: torch.dtype) -> None:
 def to_float32(state_dict: dict[str, Any]) -> dict[str, Any]:
     state = {i: {key: value.float() for key, value in state.items()} for i, state in state_dict["state"].items()}
     return {**state_dict, "state": state}
+
+
+# --- many parameters, looked at by several threads -------------------------------------------------------------------
+
+
+def one_parameter(optimizer: Optimizer, n: int, what: str) -> None:
+    """Change one parameter of many."""
+    param = all_params(optimizer)[n]
+    state = optimizer.state[param]
+    if what == "gradient":
+        param.grad = None
+    elif what == "data":
+        param.data = param.data.clone()
+    elif what == "layout":
+        param.data = torch.stack([param.data, param.data], -1)[..., 1]
+    elif what == "state" and state:
+        state["exp_avg"] = state["exp_avg"] * 2
+    elif what == "step" and state:
+        state["step"] = state["step"] + 7
+    elif what == "new":
+        state.clear()
+    elif what == "group":
+        groups = optimizer.param_groups
+        giver = next(group for group in groups if any(p is param for p in group["params"]))
+        giver["params"] = [p for p in giver["params"] if p is not param]
+        groups[n % len(groups)]["params"].append(param)
+
+
+def test_many_parameters_looked_at_by_threads(
+    threads: Callable[[int], None], chunk_size: Callable[[int], None]
+) -> None:
+    threads(3)
+    chunk_size(16)  # so that a step of small tensors is worth threads
+    pick = random.Random(0)
+    changes = ["gradient", "data", "layout", "state", "step", "new", "group", "nothing"]
+    pair = []
+    for make in (BY_ID["adam"].make, BY_ID["adam"].make_torch):
+        params = [Parameter(values((3, n % 5), n)) for n in range(300)]
+        lists = [params[:100], params[100:101], params[101:164], params[164:]]
+        pair.append(make([{"params": list_, "lr": 0.1 * (g + 1)} for g, list_ in enumerate(lists)]))
+    ours, theirs = pair
+    for step in range(30):
+        changed = pick.sample(range(300), 2)
+        for optimizer in pair:
+            set_grads(optimizer, step)
+            for n in changed:
+                one_parameter(optimizer, n, changes[step % len(changes)])
+        ours.step()
+        torch_loop_step(theirs)
+        assert_same_training(ours, theirs)
 
 
 # --- the step counts ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "float_mode.h"
@@ -31,32 +32,39 @@ bool can_use_threads() { return GOMP_parallel != nullptr && !forked; }
 namespace {
 
 struct Work {
-  const Target& target;
-  const TensorRow* rows;
-  int64_t num_rows, cost, chunk;
+  int64_t count, unit;
+  const std::function<void(int64_t, int64_t)>& body;
   std::atomic<int64_t> next{0};
 
   static void run(void* self) {
     Work& work = *static_cast<Work*>(self);
     FloatMode mode;
     for (;;) {
-      const int64_t begin = work.next.fetch_add(work.chunk, std::memory_order_relaxed);
-      if (begin >= work.cost) return;
-      const int64_t end = begin + work.chunk < work.cost ? begin + work.chunk : work.cost;
-      work.target.run(work.rows, work.num_rows, begin, end);
+      const int64_t begin = work.next.fetch_add(work.unit, std::memory_order_relaxed);
+      if (begin >= work.count) return;
+      work.body(begin, begin + work.unit < work.count ? begin + work.unit : work.count);
     }
   }
 };
 
 }  // namespace
 
+void parallel_for(int64_t count, int64_t unit, int max_threads, const std::function<void(int64_t, int64_t)>& body) {
+  Work work{count, unit, body};
+  if (max_threads <= 1 || count <= unit || !can_use_threads()) return Work::run(&work);
+  GOMP_parallel(Work::run, &work, static_cast<unsigned>(max_threads), 0);
+}
+
+int useful_threads(int64_t cost, int max_threads) {
+  const int64_t useful = cost / (chunk * kUnitsPerThread);
+  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(useful, 1), max_threads));
+}
+
 void run_rows(const TensorRow* rows, int64_t num_rows, int64_t cost, int max_threads) {
   if (num_rows == 0) return;
-  Work work{current_target(), rows, num_rows, cost, chunk};
-  const int64_t useful = cost / (chunk * kUnitsPerThread);
-  const int64_t threads = useful < max_threads ? useful : max_threads;
-  if (threads <= 1 || !can_use_threads()) return Work::run(&work);
-  GOMP_parallel(Work::run, &work, static_cast<unsigned>(threads), 0);
+  const Target& target = current_target();
+  parallel_for(cost, chunk, useful_threads(cost, max_threads),
+               [&](int64_t begin, int64_t end) { target.run(rows, num_rows, begin, end); });
 }
 
 }  // namespace fusedopt

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -155,6 +156,7 @@ class RuleDriverOf final : public RuleDriver {
     PerGroup& g = groups_[num_groups_++];
     g.options = Rule::options(group);
     g.by_step.clear();
+    g.num_slots = 0;
     PyObject* lr = group.get(Rule::kLr);
     g.lr_is_tensor = is_tensor(lr);
     if (g.lr_is_tensor) {
@@ -169,7 +171,13 @@ class RuleDriverOf final : public RuleDriver {
 
   const void* scalars(size_t group, double step, DType dtype) override {
     PerGroup& g = groups_[group];
-    PerStep& at = g.by_step[step];
+    PerStep*& found = g.by_step[step];
+    if (!found) {
+      if (g.num_slots == g.slots.size()) g.slots.emplace_back();
+      found = &g.slots[g.num_slots++];
+      *found = {};
+    }
+    PerStep& at = *found;
     if (dtype == DType::kFloat64) {
       if (!at.has_f64) at.f64 = make<double>(g, step), at.has_f64 = true;
       return &at.f64;
@@ -189,7 +197,9 @@ class RuleDriverOf final : public RuleDriver {
     double lr;
     bool lr_is_tensor;
     DType lr_dtype;
-    std::unordered_map<double, PerStep> by_step;
+    std::unordered_map<double, PerStep*> by_step;
+    std::deque<PerStep> slots;  // used again in every step, so that the rows' pointers to them stay
+    size_t num_slots = 0;
   };
 
   template <class T>

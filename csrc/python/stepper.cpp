@@ -1,5 +1,6 @@
 #include "stepper.h"
 
+#include <atomic>
 #include <cstring>
 
 #include "../cpu/float_mode.h"
@@ -51,6 +52,8 @@ namespace {
 
 // Elements of cost, about half a millisecond: more than this runs without the GIL.
 constexpr int64_t kReleaseCost = 1 << 20;
+// Parameters that a thread looks at in one go, some 10 microseconds.
+constexpr int64_t kLookUnit = 64;
 
 // No garbage collection while borrowed pointers are in use: a collection runs users' code. Nests, also across threads.
 class NoCollection {
@@ -119,14 +122,18 @@ class Stepper::Scan {
   py::list groups;
   py::dict state;
   Unscale unscale;
-  std::vector<int> variants;
+  struct List {
+    PyObject* params;
+    size_t first;  // the entry of its first parameter
+  };
+  std::vector<int> variants;       // of each group
+  std::vector<List> lists;         // of each group
   std::vector<PyObject*> written;  // the parameters of this step
   std::vector<Dirty> dirty;
   std::vector<size_t> moved_grads;
   // Parameters whose state this step made, and what was there before, null or an empty dict: put back if it fails.
   std::vector<std::pair<PyObject*, PyObject*>> made_state;
   int64_t cost = 0;
-  Py_ssize_t next_state = 0;  // where the next parameter's state is likely to be
   bool memory_changed = false;
   // References to every gradient and all state are held, so that the GIL may be released. A step of little work keeps
   // the GIL instead: its gradients' Python objects would cost more than the work.
@@ -135,10 +142,22 @@ class Stepper::Scan {
 
   void begin() {
     variants.clear();
+    lists.clear();
     written.clear();
     dirty.clear();
     moved_grads.clear();
     cost = 0;
+  }
+  void add(PyObject* param, int64_t numel) {
+    written.push_back(param);
+    cost += numel;
+  }
+  // The gradient's Python object, None if there is none.
+  PyObject* hold_grad(PyObject* param) {
+    PyObject* grad = get_grad(param);
+    if (!grad) throw py::error_already_set();
+    held.take(grad);
+    return grad;
   }
 
   ~Scan() {
@@ -164,9 +183,8 @@ ParamName Stepper::name(const Entry& entry, const Scan& scan) const {
   return {optimizer_.c_str(), entry.group, entry.index, PyList_GET_ITEM(scan.groups.ptr(), entry.group)};
 }
 
-// The quick way: nothing about the parameter, its gradient or its state is other than at its last step, except where
-// the gradient lies. False sends the parameter to refresh().
-bool Stepper::unchanged(Entry& entry, TensorRow& row, PyObject* param, const char* grad, Scan* scan) {
+// Is nothing about the parameter and its state other than at its last step?
+bool Stepper::unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const {
   if (entry.param != param || entry.variant != scan->variants[entry.group] || !entry.signature[kParam]) return false;
   std::byte* data;
   const auto still = [&](const Signature* signature, PyObject* tensor, const std::byte* where) {
@@ -183,13 +201,44 @@ bool Stepper::unchanged(Entry& entry, TensorRow& row, PyObject* param, const cha
     PyObject* tensor = value_at(param_state, entry.item_at[k], state_names_[k]);
     if (!still(entry.signature[kState + k], tensor, row.data[kState + k])) return false;
   }
-
-  if (!entry.signature[kGrad]->matches(grad, &data)) return false;
-  if (data != row.data[kGrad]) {
-    row.data[kGrad] = data;
-    if (!entry.gap.holds(data, data + entry.grad_bytes)) scan->moved_grads.push_back(&entry - entries_.data());
-  }
   return true;
+}
+
+// The quick way: kChanged sends the parameter to refresh(). May run on several threads, if no references are held.
+// `grad` takes the gradient where its Python object was needed.
+Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* param, Scan* scan, PyObject** grad) {
+  Entry& entry = entries_[n];
+  TensorRow& row = rows_[n];
+  // What does not change is not written: its cache line would leave the other thread's processor.
+  const auto sits_out = [&] {
+    if (entry.active) entry.active = false;
+    if (row.scalars) row.scalars = nullptr;
+    return Look::kNoGrad;
+  };
+  if (entry.group != group || entry.index != index) {
+    entry.param = nullptr;
+    entry.group = group;
+    entry.index = index;
+  }
+  const char* grad_record = nullptr;
+  if (records::available() && is_plain_tensor(param)) {
+    grad_record = records::of_grad(param);
+    if (!grad_record) return sits_out();
+    if (scan->hold) *grad = scan->hold_grad(param);
+  } else {
+    if (!scan->hold) return Look::kChanged;
+    if (!is_tensor(param)) fail(name(entry, *scan), "the parameter", "is not a tensor");
+    *grad = scan->hold_grad(param);
+    if (*grad == Py_None) return sits_out();
+    if (records::available() && is_tensor(*grad)) grad_record = records::of(*grad);
+  }
+  if (!entry.active) entry.active = true;
+  std::byte* data;
+  if (!grad_record || !unchanged(entry, row, param, scan)) return Look::kChanged;
+  if (!entry.signature[kGrad]->matches(grad_record, &data)) return Look::kChanged;
+  if (data == row.data[kGrad]) return Look::kUnchanged;
+  row.data[kGrad] = data;
+  return entry.gap.holds(data, data + entry.grad_bytes) ? Look::kUnchanged : Look::kGradMoved;
 }
 
 // Reads everything about a parameter anew. Without param_state only the parameter and its gradient are checked.
@@ -291,7 +340,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   if (!entry.gap.holds(from, to)) scan->moved_grads.push_back(dirty.entry);
 }
 
-void Stepper::scan_groups(Scan* scan) {
+void Stepper::read_groups(Scan* scan) {
   // All options first: reading a number may run users' code, which must not meet a half-done scan.
   PyObject* groups = scan->groups.ptr();
   rule_->begin_step(scan->unscale);
@@ -309,57 +358,59 @@ void Stepper::scan_groups(Scan* scan) {
     if (!params || !PyList_Check(params))
       throw py::type_error(optimizer_ + ": param_groups[" + std::to_string(g) + "]['params'] must be a list");
     scan->held.keep(params);
-
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++n) {
-      if (n == entries_.size()) {
-        entries_.emplace_back();
-        rows_.push_back({});
-        scan->memory_changed = true;  // it points to the rows
-      }
-      Entry& entry = entries_[n];
-      TensorRow& row = rows_[n];
-      entry.active = false;
-      row.scalars = nullptr;
-      if (entry.group != g || entry.index != static_cast<size_t>(i)) {
-        entry.param = nullptr;
-        entry.group = g;
-        entry.index = i;
-      }
-      PyObject* param = PyList_GET_ITEM(params, i);
-      if (!is_tensor(param)) fail(name(entry, *scan), "the parameter", "is not a tensor");
-
-      const bool quick = records::available() && is_plain_tensor(param);
-      PyObject* grad = nullptr;  // made only where a reference to it is needed
-      const auto get = [&] {
-        grad = get_grad(param);
-        if (!grad) throw py::error_already_set();
-        scan->held.take(grad);
-      };
-      const char* grad_record = nullptr;
-      if (quick) {
-        grad_record = records::of_grad(param);
-        if (!grad_record) continue;
-        if (scan->hold) get();
-      } else {
-        get();
-        if (grad == Py_None) continue;
-        if (records::available() && is_tensor(grad)) grad_record = records::of(grad);
-      }
-      entry.active = true;
-      scan->written.push_back(param);
-      if (!grad_record || !unchanged(entry, row, param, grad_record, scan)) {
-        if (!grad) get();
-        scan->held.keep(param);
-        scan->dirty.push_back({n, param, grad});
-      }
-      scan->memory_changed |= !entry.in_memory;
-      scan->cost += row.numel;
-    }
+    scan->lists.push_back({params, n});
+    n += PyList_GET_SIZE(params);
   }
-  if (n < entries_.size()) {
-    entries_.resize(n);
-    rows_.resize(n);
-    scan->memory_changed = true;
+  if (n == entries_.size()) return;
+  entries_.resize(n);
+  rows_.resize(n);
+  scan->memory_changed = true;  // it points to the rows
+}
+
+// Looks at all parameters on several threads, without a reference to anything. False if that was not enough: a
+// parameter is new or changed, or there is enough work to release the GIL for.
+bool Stepper::scan_quickly(Scan* scan, int max_threads) {
+  looks_.resize(entries_.size());
+  std::atomic<bool> changed{false};
+  parallel_for(entries_.size(), kLookUnit, max_threads, [&](int64_t begin, int64_t end) {
+    size_t g = scan->lists.size() - 1;
+    while (scan->lists[g].first > static_cast<size_t>(begin)) --g;
+    for (size_t n = begin; n < static_cast<size_t>(end) && !changed.load(std::memory_order_relaxed); ++n) {
+      while (g + 1 < scan->lists.size() && scan->lists[g + 1].first <= n) ++g;
+      const size_t index = n - scan->lists[g].first;
+      looks_[n] = look(n, g, index, PyList_GET_ITEM(scan->lists[g].params, index), scan, nullptr);
+      if (looks_[n] == Look::kChanged) changed = true;
+    }
+  });
+  if (changed) return false;
+  for (size_t n = 0; n < entries_.size(); ++n) {
+    if (looks_[n] == Look::kNoGrad) continue;
+    scan->add(entries_[n].param, rows_[n].numel);
+    scan->memory_changed |= !entries_[n].in_memory;
+    if (looks_[n] == Look::kGradMoved) scan->moved_grads.push_back(n);
+  }
+  return scan->cost <= kReleaseCost;
+}
+
+// Looks at one parameter after the other and holds a reference to every gradient and all state.
+void Stepper::scan_holding(Scan* scan) {
+  for (size_t g = 0; g < scan->lists.size(); ++g) {
+    PyObject* params = scan->lists[g].params;
+    const size_t first = scan->lists[g].first;
+    const size_t end = g + 1 < scan->lists.size() ? scan->lists[g + 1].first : entries_.size();
+    for (size_t n = first; n < end; ++n) {
+      // The gradient of a tensor subclass may be users' code, which can do anything.
+      if (n - first >= static_cast<size_t>(PyList_GET_SIZE(params)))
+        throw std::runtime_error(optimizer_ + ": param_groups[" + std::to_string(g) + "]['params'] shrank in step()");
+      PyObject *param = PyList_GET_ITEM(params, n - first), *grad = nullptr;
+      scan->held.keep(param);
+      const Look found = look(n, g, n - first, param, scan, &grad);
+      if (found == Look::kNoGrad) continue;
+      scan->add(param, rows_[n].numel);
+      scan->memory_changed |= !entries_[n].in_memory;
+      if (found == Look::kGradMoved) scan->moved_grads.push_back(n);
+      if (found == Look::kChanged) scan->dirty.push_back({n, param, grad});
+    }
   }
 }
 
@@ -466,7 +517,7 @@ int64_t Stepper::prepare_rows() {
   for (size_t n = 0; n < entries_.size(); ++n) {
     Entry& entry = entries_[n];
     TensorRow& row = rows_[n];
-    row.start = cost;
+    if (row.start != cost) row.start = cost;
     if (!entry.active) continue;
     const double step = entry.next_step_count();
     if (!last || last->group != entry.group || last->dtype != entry.dtype || last_step != step) {
@@ -474,7 +525,7 @@ int64_t Stepper::prepare_rows() {
       last = &entry;
       last_step = step;
     }
-    row.scalars = scalars;
+    if (row.scalars != scalars) row.scalars = scalars;
     cost += row.numel + kRowCost;
   }
   return cost;
@@ -516,12 +567,14 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
     const NoCollection no_collection;
     for (;;) {
       scan.begin();
-      scan_groups(&scan);
-      if (!scan.hold && (scan.cost > kReleaseCost || !scan.dirty.empty())) {
-        scan.hold = true;  // more work than the last step foretold, or Python code to run: begin anew
-      } else if (refresh_dirty(new_states, &scan)) {
-        break;
+      read_groups(&scan);
+      if (!scan.hold) {
+        if (scan_quickly(&scan, useful_threads(last_cost_, max_threads))) break;
+        scan.hold = true;
+        continue;
       }
+      scan_holding(&scan);
+      if (refresh_dirty(new_states, &scan)) break;
     }
     check_memory(&scan);
     memory_checked_ = true;

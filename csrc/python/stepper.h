@@ -33,8 +33,13 @@ class Stepper {
     PyObject *param, *grad;  // held by the scan
   };
 
-  void scan_groups(Scan* scan);
-  bool unchanged(Entry& entry, TensorRow& row, PyObject* param, const char* grad, Scan* scan);
+  enum class Look : uint8_t { kNoGrad, kUnchanged, kGradMoved, kChanged };
+
+  void read_groups(Scan* scan);
+  bool scan_quickly(Scan* scan, int max_threads);
+  void scan_holding(Scan* scan);
+  Look look(size_t n, size_t group, size_t index, PyObject* param, Scan* scan, PyObject** grad);
+  bool unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const;
   bool refresh_dirty(const py::function& new_states, Scan* scan);
   void refresh(const Dirty& dirty, PyObject* param_state, Scan* scan);
   void check_memory(Scan* scan);
@@ -50,6 +55,7 @@ class Stepper {
   const struct Target* target_ = nullptr;
   std::vector<Entry> entries_;  // one for each parameter, in the groups' order
   std::vector<TensorRow> rows_;
+  std::vector<Look> looks_;  // a scan's finding for each entry
   WrittenMemory memory_;
   bool memory_checked_ = false;    // a step that fails leaves it to the next one to look at all memory anew
   int64_t last_cost_ = INT64_MAX;  // foretells this step's
