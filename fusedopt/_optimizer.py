@@ -78,17 +78,27 @@ class FusedOptimizer(Optimizer):
         return step(closure)
 
     @staticmethod
-    def _new_states(missing: list[tuple[Tensor, tuple[str, ...]]]) -> list[dict[str, Tensor]]:
-        """Zeros for parameters that have no state yet; the step counts are views of one buffer."""
+    def _new_states(missing: list[tuple[Tensor, tuple[str, ...], dict[str, Any]]]) -> list[dict[str, Tensor]]:
+        """Zeros for parameters that have no state yet; the step counts of a device are views of one buffer.
+
+        Each is given as the parameter, the names of its state, its group. As in torch, a step count lives beside a CUDA
+        parameter if the group is capturable or fused, else on the CPU.
+        """
         with torch.no_grad():
             dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            steps = torch.zeros(len(missing), dtype=dtype, device="cpu")
+            where = [
+                (param.device, torch.float32 if group["fused"] else dtype)
+                if group["capturable"] or group["fused"]
+                else (torch.device("cpu"), dtype)
+                for param, _, group in missing
+            ]
+            steps = {at: iter(torch.zeros(where.count(at), device=at[0], dtype=at[1]).unbind()) for at in set(where)}
             return [
                 {
-                    "step": steps[i],
+                    "step": next(steps[at]),
                     **{name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in names},
                 }
-                for i, (param, names) in enumerate(missing)
+                for at, (param, names, _) in zip(where, missing, strict=True)
             ]
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """Fixtures that change a setting of the process and put it back, and the tables after a run."""
 
+import ctypes
 import os
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,28 +14,44 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from optimizers import CUDA_ON_HOST, TARGETS
+
 from fusedopt._config import _C
 
 torch.set_num_threads(1)  # tests that want more ask for them, with `threads`
 
-USABLE = _C.build_info()["cpu_usable"]
+
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """tests/cuda_on_host, built."""
+    library = tmp_path_factory.mktemp("cuda_on_host") / "runtime.so"
+    source = Path(__file__).parent / "cuda_on_host" / "runtime.cpp"
+    flags = ["-std=gnu++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-w"]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
 
 
 @pytest.fixture
-def set_capability() -> Iterator[Callable[[str], None]]:
-    """Choose a CPU target, for tests that compare several."""
+def set_capability(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    """Choose a target, for tests that compare several."""
     before = _C.build_info()["cpu_capability"]
 
     def choose(name: str) -> None:
+        if name == CUDA_ON_HOST:
+            _C.set_cuda_on_host(request.getfixturevalue("cuda_library")._name, False)
+            return
+        _C.set_cuda_on_host("", False)
         assert _C.set_cpu_capability(name)
 
     yield choose
     choose(before)
 
 
-@pytest.fixture(params=USABLE)
+@pytest.fixture(params=TARGETS)
 def capability(request: pytest.FixtureRequest, set_capability: Callable[[str], None]) -> str:
-    """Run the test once on every CPU target that this machine has."""
+    """Run the test once on every target that this machine has."""
     set_capability(request.param)
     return request.param
 

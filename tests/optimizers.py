@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import fusedopt
+from fusedopt._config import _C
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,10 @@ VARIANTS = [
     BY_ID[name]
     for name in ("adam", "adam-decay", "adamw-decay", "adam-amsgrad", "adam-maximize", "adamw-decay-amsgrad-lr32")
 ]
+
+# The CUDA kernel's source, compiled for the host and given host tensors as a device's, is one more target.
+CUDA_ON_HOST = "cuda_on_host"
+TARGETS = [*_C.build_info()["cpu_usable"], CUDA_ON_HOST]
 
 FLOATS = [torch.float32, torch.float64]
 DTYPES = [*FLOATS, torch.bfloat16, torch.float16]

@@ -15,9 +15,11 @@ import pytest
 import torch
 from optimizers import (
     AWKWARD,
+    CUDA_ON_HOST,
     BY_ID,
     DTYPES,
     ROWS,
+    TARGETS,
     VARIANTS,
     Row,
     generator,
@@ -76,7 +78,9 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], when: st
 # --- the target ----------------------------------------------------------------------------------------------------
 
 
-def test_forced_target_runs(capability: str) -> None:
+@pytest.mark.parametrize("capability", USABLE)
+def test_forced_target_runs(capability: str, set_capability: Choose) -> None:
+    set_capability(capability)
     before = _C.units_run()
     run(VARIANTS[0], torch.float32, steps=1)
     ran = {name for name, units in _C.units_run().items() if units > before[name]}
@@ -124,11 +128,11 @@ def test_wrong_environment_variable() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_targets_agree(row: Row, dtype: torch.dtype, set_capability: Choose) -> None:
     results = {}
-    for name in USABLE:
+    for name in TARGETS:
         set_capability(name)
         results[name] = run(row, dtype, steps=50)
-    for name in USABLE[1:]:
-        assert_same(results[name], results[USABLE[0]], f"of {name}, against {USABLE[0]}")
+    for name in TARGETS[1:]:
+        assert_same(results[name], results[TARGETS[0]], f"of {name}, against {TARGETS[0]}")
 
 
 # --- threads and chunks --------------------------------------------------------------------------------------------
@@ -222,10 +226,9 @@ def test_any_alignment(row: Row, dtype: torch.dtype, capability: str) -> None:
         (itemsize, itemsize, itemsize),  # param, grad, state
         (2 * itemsize, 0, 3 * itemsize),
         (0, 3 * itemsize, 0),
-        (1, 0, 0),  # not even the element's own alignment
-        (0, 3, 0),
-        (1, 3, 5),
     ]
+    if capability != CUDA_ON_HOST:  # a GPU cannot read these: an error, tested elsewhere
+        offsets += [(1, 0, 0), (0, 3, 0), (1, 3, 5)]  # not even the element's own alignment
     for at_param, at_grad, at_state in offsets:
         param = Parameter(place(initial, at_param))
         optimizer = row.make([param])

@@ -1,4 +1,5 @@
-// The portable target: fixed-size arrays and plain loops, which compilers turn into whatever vectors the machine has.
+// The portable target and CUDA's: arrays of a fixed size and plain loops, which compilers turn into whatever vectors the
+// machine has, or unroll.
 #pragma once
 
 #include <cmath>
@@ -9,91 +10,124 @@
 namespace fusedopt {
 namespace portable {
 
+// One IEEE operation each: the compiler's own on a processor (built with -ffp-contract=off), named ones on a GPU.
+#ifdef __CUDA_ARCH__
+#define FUSEDOPT_OP(name, host, f32, f64)                                          \
+  FUSEDOPT_HD inline float name(float a, float b) { return f32(a, b); }            \
+  FUSEDOPT_HD inline double name(double a, double b) { return f64(a, b); }
+#else
+#define FUSEDOPT_OP(name, host, f32, f64)                                          \
+  FUSEDOPT_HD inline float name(float a, float b) { return a host b; }             \
+  FUSEDOPT_HD inline double name(double a, double b) { return a host b; }
+#endif
+FUSEDOPT_OP(add_one, +, __fadd_rn, __dadd_rn)
+FUSEDOPT_OP(sub_one, -, __fsub_rn, __dsub_rn)
+FUSEDOPT_OP(mul_one, *, __fmul_rn, __dmul_rn)
+FUSEDOPT_OP(div_one, /, __fdiv_rn, __ddiv_rn)
+#undef FUSEDOPT_OP
+
+#ifdef __CUDA_ARCH__
+FUSEDOPT_HD inline float sqrt_one(float a) { return __fsqrt_rn(a); }
+FUSEDOPT_HD inline double sqrt_one(double a) { return __dsqrt_rn(a); }
+FUSEDOPT_HD inline float fma_one(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FUSEDOPT_HD inline double fma_one(double a, double b, double c) { return __fma_rn(a, b, c); }
+#else
 template <class T>
+inline T sqrt_one(T a) {
+  return std::sqrt(a);
+}
+template <class T>
+inline T fma_one(T a, T b, T c) {
+  return std::fma(a, b, c);
+}
+#endif
+
+template <class T, int N = 8>
 struct Lane {
   using Scalar = T;
-  static constexpr int kWidth = 8;
+  static constexpr int kWidth = N;
+  static constexpr T kSmallest = std::numeric_limits<T>::min();  // the smallest normal number
   T v[kWidth];
 
   Lane() = default;
-  explicit Lane(T x) {
+  FUSEDOPT_HD explicit Lane(T x) {
     for (int k = 0; k < kWidth; ++k) v[k] = x;
   }
 
   template <class F>
-  static Lane each(F f) {
+  FUSEDOPT_HD static Lane each(F f) {
     Lane r;
     for (int k = 0; k < kWidth; ++k) r.v[k] = f(k);
     return r;
   }
 
-  static T widen(T x) { return x; }
-  static T widen(BFloat16 x) { return to_float(x); }
-  static T widen(Half x) { return to_float(x); }
-  static T narrow(T x, T) { return x; }
-  static BFloat16 narrow(T x, BFloat16) { return to_bfloat16(x); }
-  static Half narrow(T x, Half) { return to_half(x); }
+  FUSEDOPT_HD static T widen(T x) { return x; }
+  FUSEDOPT_HD static T widen(BFloat16 x) { return to_float(x); }
+  FUSEDOPT_HD static T widen(Half x) { return to_float(x); }
+  FUSEDOPT_HD static T narrow(T x, T) { return x; }
+  FUSEDOPT_HD static BFloat16 narrow(T x, BFloat16) { return to_bfloat16(x); }
+  FUSEDOPT_HD static Half narrow(T x, Half) { return to_half(x); }
 
   // Through memcpy: a tensor made from a byte buffer need not be aligned to its element.
   template <class S>
-  static T load_one(const S* p) {
+  FUSEDOPT_HD static T load_one(const S* p) {
     S x;
     std::memcpy(&x, p, sizeof x);
     return widen(x);
   }
   template <class S>
-  static void store_one(S* p, T value) {
+  FUSEDOPT_HD static void store_one(S* p, T value) {
     const S x = narrow(value, S{});
     std::memcpy(p, &x, sizeof x);
   }
 
   template <class S>
-  static Lane load(const S* p) {
+  FUSEDOPT_HD static Lane load(const S* p) {
     return each([p](int k) { return load_one(p + k); });
   }
   template <class S>
-  static Lane load(const S* p, int n) {
+  FUSEDOPT_HD static Lane load(const S* p, int n) {
     return each([p, n](int k) { return k < n ? load_one(p + k) : T(0); });
   }
   template <class S>
-  void store(S* p) const {
+  FUSEDOPT_HD void store(S* p) const {
     for (int k = 0; k < kWidth; ++k) store_one(p + k, v[k]);
   }
   template <class S>
-  void store(S* p, int n) const {
+  FUSEDOPT_HD void store(S* p, int n) const {
     for (int k = 0; k < n; ++k) store_one(p + k, v[k]);
   }
 
-  friend Lane add(Lane a, Lane b) {
-    return each([&](int k) { return a.v[k] + b.v[k]; });
+  FUSEDOPT_HD friend Lane add(Lane a, Lane b) {
+    return each([&](int k) { return add_one(a.v[k], b.v[k]); });
   }
-  friend Lane sub(Lane a, Lane b) {
-    return each([&](int k) { return a.v[k] - b.v[k]; });
+  FUSEDOPT_HD friend Lane sub(Lane a, Lane b) {
+    return each([&](int k) { return sub_one(a.v[k], b.v[k]); });
   }
-  friend Lane mul(Lane a, Lane b) {
-    return each([&](int k) { return a.v[k] * b.v[k]; });
+  FUSEDOPT_HD friend Lane mul(Lane a, Lane b) {
+    return each([&](int k) { return mul_one(a.v[k], b.v[k]); });
   }
-  friend Lane div(Lane a, Lane b) {
-    return each([&](int k) { return a.v[k] / b.v[k]; });
+  FUSEDOPT_HD friend Lane div(Lane a, Lane b) {
+    return each([&](int k) { return div_one(a.v[k], b.v[k]); });
   }
-  friend Lane neg(Lane a) {
+  FUSEDOPT_HD friend Lane neg(Lane a) {
     return each([&](int k) { return -a.v[k]; });
   }
-  friend Lane sqrt(Lane a) {
-    return each([&](int k) { return std::sqrt(a.v[k]); });
+  FUSEDOPT_HD friend Lane sqrt(Lane a) {
+    return each([&](int k) { return sqrt_one(a.v[k]); });
   }
-  friend Lane fma(Lane a, Lane b, Lane c) {
-    return each([&](int k) { return std::fma(a.v[k], b.v[k], c.v[k]); });
+  FUSEDOPT_HD friend Lane fma(Lane a, Lane b, Lane c) {
+    return each([&](int k) { return fma_one(a.v[k], b.v[k], c.v[k]); });
   }
-  friend Lane maximum(Lane a, Lane b) {
+  FUSEDOPT_HD friend Lane maximum(Lane a, Lane b) {
     return each([&](int k) {
       const bool unordered = a.v[k] != a.v[k] || b.v[k] != b.v[k];
       return unordered ? a.v[k] + b.v[k] : a.v[k] > b.v[k] ? a.v[k] : b.v[k];
     });
   }
-  friend Lane flush_subnormal(Lane a) {
+  FUSEDOPT_HD friend Lane flush_subnormal(Lane a) {
     return each([&](int k) {
-      return std::fabs(a.v[k]) < std::numeric_limits<T>::min() ? std::copysign(T(0), a.v[k]) : a.v[k];
+      return std::fabs(a.v[k]) < kSmallest ? std::copysign(T(0), a.v[k]) : a.v[k];
     });
   }
 };

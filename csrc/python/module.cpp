@@ -1,16 +1,16 @@
 // The Python module fusedopt._C.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <dlfcn.h>
 
 #include "../cpu/run.h"
 #include "../cpu/target.h"
+#include "../cuda/driver.h"
 #include "stepper.h"
 
 namespace py = pybind11;
 using namespace fusedopt;
-
-#ifndef FUSEDOPT_CUDA_STATUS
-#define FUSEDOPT_CUDA_STATUS "no: not part of this version"
-#endif
 
 static py::dict build_info() {
   py::dict info;
@@ -40,8 +40,42 @@ static py::dict units_run() {
   return counts;
 }
 
+// Why steps on CUDA tensors cannot run here, or None. The first call wakes the driver.
+static py::object why_no_cuda() {
+  if (!cuda::runtime()) return py::str("this build has no CUDA kernels");
+  const char* reason = cuda::runtime()->why_not();
+  return reason ? py::object(py::str(reason)) : py::none();
+}
+
+// For tests: the CUDA driver on host memory, with the runtime that a library built from tests/cuda_on_host holds.
+static void set_cuda_on_host(const std::string& library, bool numbers) {
+  static const cuda::Runtime* const real = cuda::runtime();
+  if (library.empty()) {
+    cuda::set_runtime(real);
+    pretend_cuda(Pretend::kNothing);
+    return;
+  }
+  void* handle = dlopen(library.c_str(), RTLD_NOW);
+  const void* found = handle ? dlsym(handle, "fusedopt_cuda_on_host") : nullptr;
+  if (!found) throw std::runtime_error(dlerror());
+  cuda::set_runtime(static_cast<const cuda::Runtime*>(found));
+  pretend_cuda(numbers ? Pretend::kNumbers : Pretend::kTensors);
+}
+
+// For tests: first_chunk of each row, and the row of each chunk as bytes of int32.
+static py::tuple plan_chunks(const std::vector<int64_t>& numel) {
+  std::vector<int64_t> first(numel.size());
+  std::vector<int32_t> row_of_chunk;
+  cuda::plan_chunks(numel.data(), static_cast<int64_t>(numel.size()), first.data(), &row_of_chunk);
+  const auto* bytes = reinterpret_cast<const char*>(row_of_chunk.data());
+  return py::make_tuple(first, py::bytes(bytes, row_of_chunk.size() * sizeof(int32_t)));
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native core of fusedopt.";
+#ifdef FUSEDOPT_CUDA
+  cuda::set_runtime(&cuda::kGpu);
+#endif
   m.def(
       "bind_torch",
       [](py::handle torch) {
@@ -54,8 +88,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("units_run", &units_run, "Units of work that each instruction set's own code has run.");
   m.def("chunk_size", &chunk_size);
   m.def("set_chunk_size", &set_chunk_size, "For tests: elements in a unit of work.");
+  m.def("why_no_cuda", &why_no_cuda);
+  m.def("set_cuda_on_host", &set_cuda_on_host);
+  m.def("plan_chunks", &plan_chunks);
+  m.attr("cuda_chunk") = cuda::kChunk;
   m.def("set_signatures", &records::set_enabled, "For tests: False reads every tensor anew in every step.");
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("optimizer"))
-      .def("step", &Stepper::step);
+      .def("step", &Stepper::step)
+      .def("update_captured", &Stepper::update_captured);
 }

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -11,8 +12,10 @@
 #include <unordered_map>
 #include <vector>
 
-#include "../lanes/lane.h"
+#include "../cuda/runtime.h"
+#include "../cuda/table.h"
 #include "../rules/rules.h"
+#include "../rules/tensor_lr.h"
 #include "tensor.h"
 
 namespace fusedopt {
@@ -21,31 +24,6 @@ namespace fusedopt {
 struct Unscale {
   bool wanted = false;
   double inv_scale = 1;
-};
-
-// A learning rate that is a tensor: torch rounds the result of every operation on it to the tensor's dtype.
-struct TensorLr {
-  double value;
-  DType dtype;
-
-  TensorLr rounded(double x) const {
-    switch (dtype) {
-      case DType::kFloat64: return {x, dtype};
-      case DType::kFloat32: return {static_cast<float>(x), dtype};
-      case DType::kBFloat16: return {to_float(to_bfloat16(static_cast<float>(x))), dtype};
-      case DType::kFloat16: return {to_float(to_half(static_cast<float>(x))), dtype};
-    }
-    return {x, dtype};
-  }
-  // The other operand of torch's kernel is the number in the tensor's opmath.
-  double operand(double x) const { return dtype == DType::kFloat64 ? x : static_cast<float>(x); }
-
-  friend TensorLr operator*(TensorLr lr, double x) { return lr.rounded(lr.value * lr.operand(x)); }
-  friend TensorLr operator/(TensorLr lr, double x) { return lr.rounded(lr.value / lr.operand(x)); }
-  friend TensorLr operator-(double x, TensorLr lr) { return lr.rounded(x - lr.value); }
-  friend TensorLr operator-(TensorLr lr) { return {-lr.value, lr.dtype}; }
-  explicit operator double() const { return value; }
-  explicit operator float() const { return static_cast<float>(value); }
 };
 
 // One parameter group's dict, for Rule::options.
@@ -76,6 +54,15 @@ class Group {
     throw py::type_error(problem);
   }
 
+  // An option that is a tensor on a device, which the kernel reads there.
+  struct OnDevice {
+    const void* at;
+    DType dtype;
+  };
+  // Those that were asked for, in the order of asking. The value of each is 0, of the one at `marked` 1.
+  mutable std::vector<OnDevice> on_device;
+  size_t marked = SIZE_MAX;
+
   // A number that is a tensor.
   TensorView tensor(PyObject* value, int key) const {
     TensorView view;
@@ -100,7 +87,12 @@ class Group {
  private:
   double as_number(PyObject* value, int key) const {
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-    if (is_tensor(value)) return tensor(value, key).first();
+    if (is_tensor(value)) {
+      const TensorView view = tensor(value, key);
+      if (view.device == kCpu) return view.first();
+      on_device.push_back({view.data, view.dtype});
+      return on_device.size() - 1 == marked ? 1 : 0;
+    }
     const double number = PyFloat_AsDouble(value);  // int, NumPy scalar
     if (number == -1.0 && PyErr_Occurred()) {
       PyErr_Clear();
@@ -130,6 +122,11 @@ class RuleDriver {
   virtual int read_group(PyObject* dict, const char* optimizer) = 0;
   // The scalars for a step count, in the opmath of the dtype; valid until begin_step.
   virtual const void* scalars(size_t group, double step, DType dtype) = 0;
+  virtual size_t scalars_size(DType dtype) const = 0;
+  // Does the group have an lr or another option on a device, which scalars() cannot know?
+  virtual bool is_on_device(size_t group) const = 0;
+  // All groups as a kernel on that device wants them: cuda::Group<Rule>[].
+  virtual const std::vector<std::byte>& device_groups(int device) = 0;
 };
 
 template <class Rule, int rule_id>
@@ -151,18 +148,26 @@ class RuleDriverOf final : public RuleDriver {
   }
 
   int read_group(PyObject* dict, const char* optimizer) override {
-    const Group group(dict, keys_, Rule::kKeys, optimizer, num_groups_);
+    Group group(dict, keys_, Rule::kKeys, optimizer, num_groups_);
     if (num_groups_ == groups_.size()) groups_.emplace_back();
     PerGroup& g = groups_[num_groups_++];
     g.options = Rule::options(group);
+    g.on_device = std::move(group.on_device);
+    g.lr_at = nullptr;
+    if (!g.on_device.empty()) find_offsets(group, &g);
     g.by_step.clear();
     g.num_slots = 0;
     PyObject* lr = group.get(Rule::kLr);
     g.lr_is_tensor = is_tensor(lr);
     if (g.lr_is_tensor) {
       const TensorView view = group.tensor(lr, Rule::kLr);
-      g.lr = view.first();
       g.lr_dtype = view.dtype;
+      if (view.device == kCpu) {
+        g.lr = view.first();
+      } else {
+        g.lr_at = view.data;
+        g.lr = 0;
+      }
     } else {
       g.lr = group.number(Rule::kLr);
     }
@@ -186,6 +191,40 @@ class RuleDriverOf final : public RuleDriver {
     return &at.f32;
   }
 
+  size_t scalars_size(DType dtype) const override {
+    return dtype == DType::kFloat64 ? sizeof(typename Rule::template Scalars<double>)
+                                    : sizeof(typename Rule::template Scalars<float>);
+  }
+
+  bool is_on_device(size_t group) const override {
+    return groups_[group].lr_at != nullptr || !groups_[group].on_device.empty();
+  }
+
+  const std::vector<std::byte>& device_groups(int device) override {
+    device_groups_.assign(num_groups_ * sizeof(cuda::Group<Rule>), std::byte{0});  // padding too: it is compared
+    for (size_t i = 0; i < num_groups_; ++i) {
+      const PerGroup& g = groups_[i];
+      auto& out = reinterpret_cast<cuda::Group<Rule>*>(device_groups_.data())[i];
+      out.options = g.options;
+      out.lr = g.lr;
+      out.lr_at = g.lr_at;
+      out.lr_dtype = g.lr_dtype;
+      out.lr_is_tensor = g.lr_is_tensor;
+      out.num_numbers = static_cast<int32_t>(g.on_device.size());
+      for (size_t k = 0; k < g.on_device.size(); ++k) {
+        out.number_at[k] = g.on_device[k].at;
+        out.number_dtype[k] = g.on_device[k].dtype;
+        out.number_offset[k] = g.offsets[k];
+      }
+      if (!g.on_device.empty()) continue;
+      const Corrections& found = corrections(g.options, device);
+      out.corrections = static_cast<const typename Rule::Corrections*>(found.at);
+      out.num_corrections = found.count;
+      out.final = found.final;
+    }
+    return device_groups_;
+  }
+
  private:
   struct PerStep {
     bool has_f32 = false, has_f64 = false;
@@ -194,9 +233,12 @@ class RuleDriverOf final : public RuleDriver {
   };
   struct PerGroup {
     typename Rule::Options options;
-    double lr;
-    bool lr_is_tensor;
-    DType lr_dtype;
+    double lr = 0;
+    bool lr_is_tensor = false;
+    DType lr_dtype = DType::kFloat32;
+    const void* lr_at;  // an lr on a device
+    std::vector<Group::OnDevice> on_device;
+    std::vector<int32_t> offsets;  // in options, of those on a device
     std::unordered_map<double, PerStep*> by_step;
     std::deque<PerStep> slots;  // used again in every step, so that the rows' pointers to them stay
     size_t num_slots = 0;
@@ -204,14 +246,64 @@ class RuleDriverOf final : public RuleDriver {
 
   template <class T>
   typename Rule::template Scalars<T> make(const PerGroup& g, double step) const {
+    const typename Rule::Corrections at_step = Rule::corrections(g.options, step);
+    if (const char* problem = Rule::problem(at_step)) throw std::domain_error(problem);
     if (g.lr_is_tensor) {
-      return Rule::template scalars<T>(g.options, TensorLr{g.lr, g.lr_dtype}, step, unscale_.wanted,
+      return Rule::template scalars<T>(g.options, TensorLr{g.lr, g.lr_dtype}, at_step, unscale_.wanted,
                                        unscale_.inv_scale);
     }
-    return Rule::template scalars<T>(g.options, g.lr, step, unscale_.wanted, unscale_.inv_scale);
+    return Rule::template scalars<T>(g.options, g.lr, at_step, unscale_.wanted, unscale_.inv_scale);
+  }
+
+  // Which bytes of the options an option on a device belongs in: those that change when its value does.
+  static void find_offsets(Group& group, PerGroup* g) {
+    const auto* before = reinterpret_cast<const char*>(&g->options);
+    g->offsets.clear();
+    if (g->on_device.size() > cuda::kMaxNumbers) throw py::type_error("fusedopt: too many options on a device");
+    for (group.marked = 0; group.marked < g->on_device.size(); ++group.marked) {
+      group.on_device.clear();
+      const typename Rule::Options marked = Rule::options(group);
+      const auto* after = reinterpret_cast<const char*>(&marked);
+      size_t at = 0;
+      while (at < sizeof marked && std::memcmp(before + at, after + at, sizeof(double)) == 0) at += sizeof(double);
+      g->offsets.push_back(static_cast<int32_t>(at));
+    }
+  }
+
+  // The corrections for the step counts to come, computed here and kept on the device.
+  struct Corrections {
+    const cuda::Runtime* runtime;
+    int device;
+    std::string key;  // what the first few are: tells one set of options from another
+    void* at;
+    int64_t count;
+    bool final;
+  };
+  const Corrections& corrections(const typename Rule::Options& options, int device) {
+    typename Rule::Corrections first[3];
+    for (int t = 0; t < 3; ++t) first[t] = Rule::corrections(options, t + 1);
+    if (const char* problem = Rule::problem(first[0])) throw std::domain_error(problem);
+    std::string key(reinterpret_cast<const char*>(first), sizeof first);
+    for (const Corrections& known : corrections_) {
+      if (known.runtime == cuda::runtime() && known.device == device && known.key == key) return known;
+    }
+    // Beyond this many the device uses its own pow; reached only with a beta above 0.99996.
+    constexpr double kMost = 1 << 20;
+    const double last = Rule::last_step(options);
+    const bool final = last < kMost;
+    std::vector<typename Rule::Corrections> all(static_cast<size_t>(final ? std::max(last, 1.0) : kMost) + 1);
+    for (size_t t = 0; t < all.size(); ++t) all[t] = Rule::corrections(options, static_cast<double>(t));
+    const size_t bytes = all.size() * sizeof all[0];
+    void* at = cuda::runtime()->allocate(device, bytes);
+    cuda::runtime()->copy_now(device, at, all.data(), bytes);
+    // Kept for the life of the process: a graph may read them.
+    corrections_.push_back({cuda::runtime(), device, std::move(key), at, static_cast<int64_t>(all.size()), final});
+    return corrections_.back();
   }
 
   PyObject* keys_[Rule::kNumKeys];
+  static inline std::deque<Corrections> corrections_;
+  std::vector<std::byte> device_groups_;
   Unscale unscale_;
   std::vector<PerGroup> groups_;
   size_t num_groups_ = 0;

@@ -18,6 +18,8 @@ struct Stepper::Entry {
   bool active = false;  // takes part in this step
   bool in_memory = false;
   bool step_is_double = false;
+  bool step_on_device = false;
+  int16_t device = kCpu;
   // Positions for PyDict_Next: of the parameter in the optimizer's state, of the tensors in the parameter's.
   int32_t state_at = 0, step_at = 0, item_at[kMaxStates] = {};
 
@@ -84,13 +86,13 @@ class Held {
 };
 
 // Reads a one-element tensor that GradScaler left on the optimizer.
-double read_scalar(const py::object& tensor, const std::string& optimizer, const char* what) {
+TensorView read_scalar(const py::object& tensor, const std::string& optimizer, const char* what) {
   TensorView view;
   std::string why;
   if (!read_number(tensor.ptr(), &view, &why)) throw std::runtime_error(optimizer + ": " + what + " " + why);
   if (view.dtype != DType::kFloat32)
     throw std::runtime_error(optimizer + ": " + what + " must be a one-element torch.float32 tensor");
-  return view.first();
+  return view;
 }
 
 // The next entry of a dict at a position noted earlier, if it still has that key.
@@ -122,6 +124,8 @@ class Stepper::Scan {
   py::list groups;
   py::dict state;
   Unscale unscale;
+  // GradScaler's tensors, where they are on a device, else None.
+  py::object grad_scale = py::none(), found_inf = py::none();
   struct List {
     PyObject* params;
     size_t first;  // the entry of its first parameter
@@ -135,6 +139,7 @@ class Stepper::Scan {
   std::vector<std::pair<PyObject*, PyObject*>> made_state;
   int64_t cost = 0;
   bool memory_changed = false;
+  bool refreshed = false;  // a parameter was read anew
   // References to every gradient and all state are held, so that the GIL may be released. A step of little work keeps
   // the GIL instead: its gradients' Python objects would cost more than the work.
   bool hold = true;
@@ -261,6 +266,10 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   };
   const auto must_match = [&](int stream, const std::string& what) {
     const TensorView &got = streams.view[stream], &param = streams.view[kParam];
+    if (got.device != param.device) {
+      fail(who, what, "is on device '" + device_name(got.device) + "' but the parameter is on '" +
+                          device_name(param.device) + "'; move it there");
+    }
     if (got.dtype != param.dtype || got.is_complex != param.is_complex) {
       fail(who, what,
            std::string("has dtype ") + dtype_name(got.dtype, got.is_complex) + " but the parameter has " +
@@ -308,6 +317,11 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
          std::string("must be torch.float32 or torch.float64, got ") + dtype_name(step.dtype, false));
   }
   scan->held.keep(step_tensor);
+  const int device = streams.view[kParam].device;
+  if (step.device != kCpu && step.device != device) {
+    fail(who, "state 'step'", "is on device '" + device_name(step.device) + "' but the parameter is on '" +
+                                  device_name(device) + "'; move it there, or to the CPU");
+  }
 
   const TensorRow before = row;
   std::unique_ptr<Layout> layout = plan_row(streams, &row);
@@ -316,6 +330,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
                entry.dtype != streams.view[kParam].dtype;
   for (int k = 0; k < streams.count; ++k) moved |= k != kGrad && before.data[k] != row.data[k];
   scan->memory_changed |= moved;
+  scan->refreshed = true;
 
   entry.param = dirty.param;
   entry.variant = variant;
@@ -324,6 +339,8 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   entry.layout = std::move(layout);
   entry.step = step.data;
   entry.step_is_double = step.dtype == DType::kFloat64;
+  entry.step_on_device = step.device != kCpu;
+  entry.device = static_cast<int16_t>(device);
   entry.step_signature = Signature::of(step_tensor, step);
   bool signed_all = entry.step_signature != nullptr && grad != nullptr;
   for (int k = 0; k < streams.count; ++k) {
@@ -333,7 +350,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   // What may be updated depends on the mode for an inference tensor: never taken the quick way.
   if (!signed_all || inference || !records::available()) entry.signature[kParam] = nullptr;
   row.layout = entry.layout.get();
-  row.update = target_->find(rule_->id(), variant, entry.dtype);
+  row.update = device == kCpu ? target_->find(rule_->id(), variant, entry.dtype) : nullptr;
   const std::byte *from, *to;
   stream_extent(row, kGrad, itemsize(entry.dtype), &from, &to);
   entry.grad_bytes = row.numel ? to - from : 0;
@@ -385,7 +402,7 @@ bool Stepper::scan_quickly(Scan* scan, int max_threads) {
   if (changed) return false;
   for (size_t n = 0; n < entries_.size(); ++n) {
     if (looks_[n] == Look::kNoGrad) continue;
-    scan->add(entries_[n].param, rows_[n].numel);
+    scan->add(entries_[n].param, entries_[n].device == kCpu ? rows_[n].numel : 0);
     scan->memory_changed |= !entries_[n].in_memory;
     if (looks_[n] == Look::kGradMoved) scan->moved_grads.push_back(n);
   }
@@ -406,7 +423,7 @@ void Stepper::scan_holding(Scan* scan) {
       scan->held.keep(param);
       const Look found = look(n, g, n - first, param, scan, &grad);
       if (found == Look::kNoGrad) continue;
-      scan->add(param, rows_[n].numel);
+      scan->add(param, entries_[n].device == kCpu ? rows_[n].numel : 0);
       scan->memory_changed |= !entries_[n].in_memory;
       if (found == Look::kGradMoved) scan->moved_grads.push_back(n);
       if (found == Look::kChanged) scan->dirty.push_back({n, param, grad});
@@ -431,7 +448,7 @@ bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
     const int num_states = rule_->num_states(scan->variants[entry.group]);
     py::tuple names(num_states);
     for (int k = 0; k < num_states; ++k) names[k] = py::reinterpret_borrow<py::object>(state_names_[k]);
-    missing.append(py::make_tuple(py::handle(dirty.param), names));
+    missing.append(py::make_tuple(py::handle(dirty.param), names, py::handle(PyList_GET_ITEM(scan->groups.ptr(), entry.group))));
     without_state.push_back(dirty.param);
   }
   if (without_state.empty()) return true;
@@ -508,10 +525,42 @@ void Stepper::check_memory(Scan* scan) {
   check_grads(active, false);
 }
 
-// Gives every row that takes part its scalars and its place in the running total, which it returns.
-int64_t Stepper::prepare_rows() {
+cuda::Table& Stepper::table(int device, DType dtype) {
+  for (const auto& known : tables_) {
+    if (known->device == device && known->dtype == dtype) return known->table;
+  }
+  tables_.push_back(std::make_unique<OnDevice>());
+  tables_.back()->device = device;
+  tables_.back()->dtype = dtype;
+  return tables_.back()->table;
+}
+
+cuda::StepInfo Stepper::step_info(int device, DType dtype, const Scan& scan) {
+  const std::vector<std::byte>& groups = rule_->device_groups(device);
+  cuda::StepInfo info{rule_->id(), dtype, rule_->scalars_size(dtype), groups.data(), groups.size(), nullptr, nullptr,
+                      device,      current_stream(device)};
+  const auto there = [&](py::object tensor, const char* what) -> const float* {
+    if (tensor.is_none()) return nullptr;
+    TensorView view = read_scalar(tensor, optimizer_, what);
+    if (view.device != device) {
+      tensor = tensor.attr("to")(device_name(device), py::arg("non_blocking") = true);
+      view = read_scalar(tensor, optimizer_, what);
+    }
+    return reinterpret_cast<const float*>(view.data);  // freed memory is used again only behind this launch
+  };
+  info.found_inf = there(scan.found_inf, "found_inf");
+  info.grad_scale = there(scan.grad_scale, "grad_scale");
+  return info;
+}
+
+// Gives every row that takes part its scalars and its place: in the CPU's running total, which it returns, or in the
+// table of its device and dtype.
+int64_t Stepper::prepare_rows(Scan* scan) {
+  const bool amp_on_device = !scan->grad_scale.is_none() || !scan->found_inf.is_none();
+  for (const auto& known : tables_) known->table.begin();
+  cuda::Table* table = nullptr;  // the last row's
   int64_t cost = 0;
-  const Entry* last = nullptr;
+  const Entry *last = nullptr, *last_on_device = nullptr;
   double last_step = 0;
   const void* scalars = nullptr;
   for (size_t n = 0; n < entries_.size(); ++n) {
@@ -519,16 +568,44 @@ int64_t Stepper::prepare_rows() {
     TensorRow& row = rows_[n];
     if (row.start != cost) row.start = cost;
     if (!entry.active) continue;
-    const double step = entry.next_step_count();
-    if (!last || last->group != entry.group || last->dtype != entry.dtype || last_step != step) {
-      scalars = rule_->scalars(entry.group, step, entry.dtype);
-      last = &entry;
-      last_step = step;
+    if (!entry.step_on_device) {
+      if (amp_on_device)
+        fail(name(entry, *scan), "its step count", "is on the CPU, but GradScaler's tensors are on a device: make the "
+                                                   "optimizer with fused=True or capturable=True");
+      if (rule_->is_on_device(entry.group))
+        fail(name(entry, *scan), "its step count", "is on the CPU, but its group has an lr or beta on a device: make the "
+                                                   "optimizer with capturable=True, or give numbers or CPU tensors");
+      const double step = entry.next_step_count();
+      if (!last || last->group != entry.group || last->dtype != entry.dtype || last_step != step) {
+        scalars = rule_->scalars(entry.group, step, entry.dtype);
+        last = &entry;
+        last_step = step;
+      }
     }
-    if (row.scalars != scalars) row.scalars = scalars;
-    cost += row.numel + kRowCost;
+    if (entry.device == kCpu) {
+      if (row.scalars != scalars) row.scalars = scalars;
+      cost += row.numel + kRowCost;
+      continue;
+    }
+    if (row.scalars) row.scalars = nullptr;  // not the CPU's
+    if (!last_on_device || last_on_device->device != entry.device || last_on_device->dtype != entry.dtype)
+      table = &this->table(entry.device, entry.dtype);
+    last_on_device = &entry;
+    table->add(row, {entry.step_on_device ? nullptr : scalars, static_cast<int32_t>(entry.group), entry.variant,
+                     entry.step_is_double, entry.step_on_device ? entry.step : nullptr});
+  }
+  for (const auto& known : tables_) {
+    if (!known->table.empty()) known->table.prepare(step_info(known->device, known->dtype, *scan), scan->refreshed);
   }
   return cost;
+}
+
+void Stepper::update_captured(py::list param_groups) {
+  const FloatMode mode;
+  Scan scan;
+  scan.groups = std::move(param_groups);
+  read_groups(&scan);
+  for (const auto& known : tables_) known->table.update_captured(step_info(known->device, known->dtype, scan));
 }
 
 int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
@@ -541,15 +618,27 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
   } busy(busy_);
 
   const FloatMode mode;  // the scalars too are computed in the default modes
-  if (!found_inf.is_none() && read_scalar(found_inf, optimizer_, "found_inf") != 0) return 0;
   Unscale unscale;
+  Scan scan;
+  if (!found_inf.is_none()) {
+    const TensorView view = read_scalar(found_inf, optimizer_, "found_inf");
+    if (view.device != kCpu) {
+      scan.found_inf = std::move(found_inf);
+    } else if (view.first() != 0) {
+      return 0;
+    }
+  }
   if (!grad_scale.is_none()) {
-    // The reciprocal in double, rounded to float: what GradScaler.unscale_ multiplies by.
-    unscale.wanted = true;
-    unscale.inv_scale = static_cast<float>(1.0 / read_scalar(grad_scale, optimizer_, "grad_scale"));
+    const TensorView view = read_scalar(grad_scale, optimizer_, "grad_scale");
+    if (view.device != kCpu) {
+      scan.grad_scale = std::move(grad_scale);
+    } else {
+      // The reciprocal in double, rounded to float: what GradScaler.unscale_ multiplies by.
+      unscale.wanted = true;
+      unscale.inv_scale = static_cast<float>(1.0 / view.first());
+    }
   }
 
-  Scan scan;
   scan.memory_changed = !memory_checked_;
   memory_checked_ = false;
   scan.groups = std::move(param_groups);
@@ -578,16 +667,19 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
     }
     check_memory(&scan);
     memory_checked_ = true;
-    cost = prepare_rows();
+    cost = prepare_rows(&scan);
     records::bump_versions(scan.written.data(), scan.written.size());
   }
 
-  // Nothing below can fail.
+  // Nothing below can fail, but a device that is out of order.
   scan.made_state.clear();
   for (Entry& entry : entries_) {
-    if (entry.active) entry.set_step_count(entry.next_step_count());
+    if (entry.active && !entry.step_on_device) entry.set_step_count(entry.next_step_count());
   }
   last_cost_ = cost;
+  for (const auto& known : tables_) {
+    if (!known->table.empty()) known->table.launch();
+  }
   const auto run = [&] { run_rows(rows_.data(), static_cast<int64_t>(rows_.size()), cost, max_threads); };
   if (scan.hold) {
     py::gil_scoped_release release;

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../cuda/driver.h"
 #include "check.h"
 #include "records.h"
 #include "rule_driver.h"
@@ -24,6 +25,8 @@ class Stepper {
   // parameters were updated. If it throws, no parameter, state or step count was changed.
   int64_t step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
                py::object found_inf, int max_threads);
+  // Writes the groups' options of now to the tables of captured CUDA graphs: their next replays use them.
+  void update_captured(py::list param_groups);
 
  private:
   struct Entry;
@@ -43,7 +46,9 @@ class Stepper {
   bool refresh_dirty(const py::function& new_states, Scan* scan);
   void refresh(const Dirty& dirty, PyObject* param_state, Scan* scan);
   void check_memory(Scan* scan);
-  int64_t prepare_rows();
+  int64_t prepare_rows(Scan* scan);
+  cuda::Table& table(int device, DType dtype);
+  cuda::StepInfo step_info(int device, DType dtype, const Scan& scan);
   ParamName name(const Entry& entry, const Scan& scan) const;
 
   std::unique_ptr<RuleDriver> rule_;
@@ -56,6 +61,12 @@ class Stepper {
   std::vector<Entry> entries_;  // one for each parameter, in the groups' order
   std::vector<TensorRow> rows_;
   std::vector<Look> looks_;  // a scan's finding for each entry
+  struct OnDevice {
+    int device;
+    DType dtype;
+    cuda::Table table;
+  };
+  std::vector<std::unique_ptr<OnDevice>> tables_;
   WrittenMemory memory_;
   bool memory_checked_ = false;    // a step that fails leaves it to the next one to look at all memory anew
   int64_t last_cost_ = INT64_MAX;  // foretells this step's

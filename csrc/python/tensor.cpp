@@ -1,5 +1,9 @@
 #include "tensor.h"
 
+#include <stdexcept>
+
+#include "../cuda/runtime.h"
+
 #include <cstring>
 #include "../lanes/lane.h"
 
@@ -91,6 +95,21 @@ double TensorView::first() const {
   return 0;
 }
 
+std::string device_name(int device) { return device == kCpu ? "cpu" : "cuda:" + std::to_string(device); }
+
+static Pretend pretend = Pretend::kNothing;
+void pretend_cuda(Pretend what) { pretend = what; }
+
+void* current_stream(int device) {
+  void* stream = nullptr;
+  if (pretend != Pretend::kNothing) return stream;
+  if (!api->current_stream || api->current_stream(dlpack::kCUDA, device, &stream) != 0) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    throw std::runtime_error("fusedopt: torch does not tell its current CUDA stream");
+  }
+  return stream;
+}
+
 int read_dlpack(PyObject* tensor, dlpack::Tensor* out) { return api->from_object(tensor, out); }
 
 PyObject* get_grad(PyObject* tensor) {
@@ -120,7 +139,15 @@ bool read_tensor(PyObject* tensor, TensorView* out, std::string* why) {
     *why = "cannot be read: " + exception_text();
     return false;
   }
-  if (raw.device.type != dlpack::kCPU && raw.device.type != dlpack::kCUDAHost) {
+  out->device = pretend == Pretend::kNothing ? kCpu : 0;
+  if (raw.device.type == dlpack::kCUDA) {
+    const char* problem = cuda::runtime() ? cuda::runtime()->why_not() : "this build has no CUDA kernels";
+    if (problem) {
+      *why = "is on device '" + device_name(raw.device.id) + "', but " + problem + "; see fusedopt.show_config()";
+      return false;
+    }
+    out->device = raw.device.id;
+  } else if (raw.device.type != dlpack::kCPU && raw.device.type != dlpack::kCUDAHost) {
     *why = "is on device '" + py::str(t.attr("device")).cast<std::string>() +
            "', which this build has no kernels for; move it to 'cpu' or use torch.optim";
     return false;
@@ -138,11 +165,16 @@ bool read_tensor(PyObject* tensor, TensorView* out, std::string* why) {
     *why = "has no memory (a fake or zero tensor, or one whose storage was freed)";
     return false;
   }
+  if (out->device != kCpu && reinterpret_cast<uintptr_t>(out->data) % out->itemsize() != 0) {
+    *why = "does not begin at a multiple of its element's size, which a GPU cannot read; use a .clone() of it";
+    return false;
+  }
   return true;
 }
 
 bool read_number(PyObject* tensor, TensorView* out, std::string* why) {
   if (!read_tensor(tensor, out, why)) return false;
+  if (pretend == Pretend::kTensors) out->device = kCpu;
   if (out->numel() == 1 && !out->is_complex && !is_lazy_view(tensor)) return true;
   *why = "must be a one-element real tensor and no lazy view, got " +
          std::string(dtype_name(out->dtype, out->is_complex)) + " of shape " + out->shape_string();

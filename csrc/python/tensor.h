@@ -12,9 +12,12 @@ namespace fusedopt {
 
 namespace py = pybind11;
 
+constexpr int kCpu = -1;
+
 // A tensor as the drivers see it; pointers into the tensor itself, valid until control returns to Python.
 struct TensorView {
   std::byte* data;
+  int device;       // the CUDA device's number; kCpu for memory of the host
   DType dtype;      // of the real view, for a complex tensor
   bool is_complex;  // element = two values of dtype
   int ndim;
@@ -24,10 +27,17 @@ struct TensorView {
   int64_t numel() const;
   int64_t itemsize() const;  // of dtype
   std::string shape_string() const;
-  double first() const;  // the value of the first element, a real one
+  double first() const;  // the value of the first element, a real one of the host's
 };
 
 int64_t itemsize(DType dtype);
+std::string device_name(int device);
+// torch's current stream on a device.
+void* current_stream(int device);
+// For tests, with the runtime of tests/cuda_on_host: tensors of the host count as the device's. kTensors: all but the
+// numbers (step counts, lr, ...); kNumbers: these too.
+enum class Pretend { kNothing, kTensors, kNumbers };
+void pretend_cuda(Pretend what);
 const char* dtype_name(DType dtype, bool is_complex);
 
 // Finds torch's DLPack table and types; called once at import.

@@ -3,9 +3,11 @@
 // The order of operations is that of torch.optim.Adam's for-loop, established by experiment; see ARCHITECTURE.md.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <stdexcept>
+
+#include "../lanes/lane.h"
 
 namespace fusedopt {
 
@@ -48,7 +50,7 @@ struct Adam {
 
   struct Options {
     double beta1, beta2, eps, weight_decay;
-    bool maximize, decoupled_weight_decay;
+    uint32_t maximize, decoupled_weight_decay;  // no padding: options are compared byte by byte
   };
 
   template <class Group>
@@ -57,14 +59,28 @@ struct Adam {
             group.number(kWeightDecay), group.flag(kMaximizeKey), group.flag(kDecoupledKey)};
   }
 
+  // What a step count comes to, in double and in torch's order.
+  struct Corrections {
+    double bias_correction1, bias_correction2_sqrt;
+  };
+  FUSEDOPT_HD static Corrections corrections(const Options& options, double step) {
+    return {1 - std::pow(options.beta1, step),
+            std::pow(1 - std::pow(options.beta2, step), 0.5)};  // Python's **: not always sqrt's bits
+  }
+  // From this step count on the corrections stay what they are: 1, since beta ** step is below 2 ** -54.
+  static double last_step(const Options& options) {
+    return std::ceil(-54 / std::log2(std::max(options.beta1, options.beta2)));
+  }
+  static const char* problem(const Corrections& c) {
+    return c.bias_correction1 == 0 ? "Adam: beta1 ** step is 1, so the step size is infinite" : nullptr;
+  }
+
   // In double and in torch's order; each scalar is rounded once, here, to opmath T.
   // `Lr` is double, or a type that rounds every operation as torch does for an lr that is a tensor of some dtype.
   template <class T, class Lr>
-  static Scalars<T> scalars(const Options& options, Lr lr, double step, bool unscale, double inv_scale) {
+  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Corrections& at_step, bool unscale,
+                                        double inv_scale) {
     const double one_minus_beta1 = 1 - options.beta1;
-    const double bias_correction1 = 1 - std::pow(options.beta1, step);
-    const double bias_correction2 = 1 - std::pow(options.beta2, step);
-    if (bias_correction1 == 0) throw std::domain_error("Adam: beta1 ** step is 1, so the step size is infinite");
     const bool decays = options.weight_decay != 0;
 
     Scalars<T> s;
@@ -75,8 +91,8 @@ struct Adam {
     s.neg_lerp_rest = s.one_minus_beta1 - 1;
     s.beta2 = static_cast<T>(options.beta2);
     s.one_minus_beta2 = static_cast<T>(1 - options.beta2);
-    s.neg_step_size = static_cast<T>(-(lr / bias_correction1));
-    s.bias_correction2_sqrt = static_cast<T>(std::pow(bias_correction2, 0.5));  // Python's **: not always sqrt's bits
+    s.neg_step_size = static_cast<T>(-(lr / at_step.bias_correction1));
+    s.bias_correction2_sqrt = static_cast<T>(at_step.bias_correction2_sqrt);
     s.eps = static_cast<T>(options.eps);
     s.flags = (unscale ? kUnscale : 0u) | (options.maximize ? kMaximize : 0u) |
               (decays && !options.decoupled_weight_decay ? kL2Decay : 0u) |
@@ -87,7 +103,7 @@ struct Adam {
 
   // The update of one lane. states: exp_avg, exp_avg_sq and, in the AMSGrad variant, max_exp_avg_sq.
   template <int variant, class Lane>
-  static inline void update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
+  FUSEDOPT_HD static inline void update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
     Lane& exp_avg = states[kExpAvg];
     Lane& exp_avg_sq = states[kExpAvgSq];
 

@@ -1,0 +1,222 @@
+#include "driver.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace fusedopt {
+namespace cuda {
+
+static const Runtime* in_use = nullptr;
+const Runtime* runtime() { return in_use; }
+void set_runtime(const Runtime* runtime) { in_use = runtime; }
+
+void plan_chunks(const int64_t* numel, int64_t num_rows, int64_t* first_chunk, std::vector<int32_t>* row_of_chunk) {
+  int64_t chunk = 0;
+  for (int64_t n = 0; n < num_rows; ++n) {
+    first_chunk[n] = chunk;
+    chunk += (numel[n] + kChunk - 1) / kChunk;
+  }
+  row_of_chunk->resize(chunk);
+  for (int64_t n = 0; n < num_rows; ++n) {
+    const int64_t end = n + 1 < num_rows ? first_chunk[n + 1] : chunk;
+    std::fill(row_of_chunk->begin() + first_chunk[n], row_of_chunk->begin() + end, static_cast<int32_t>(n));
+  }
+}
+
+Table::~Table() {
+  // What a graph may read stays.
+  try {
+    if (memory_) cuda_->release(info_.device, memory_);
+    for (std::byte* memory : retired_) cuda_->release(info_.device, memory);
+  } catch (const std::runtime_error&) {
+    // The process is ending and CUDA is gone.
+  }
+}
+
+void Table::add(const TensorRow& row, const RowInfo& info) {
+  const size_t n = num_rows_++;
+  if (n == 0) {
+    scalars_.clear();
+    scalars_index_.clear();
+    on_device_ = false;
+  }
+  if (n == rows_.size()) {
+    rows_.push_back({});
+    grads_.push_back(nullptr);
+    layouts_.push_back(nullptr);
+    rows_changed_ = true;
+  }
+  int32_t scalars = info.group;
+  if (info.step) {
+    on_device_ = true;
+  } else if (!scalars_.empty() && scalars_.back() == info.scalars) {
+    scalars = static_cast<int32_t>(scalars_.size()) - 1;
+  } else {
+    const auto [found, is_new] = scalars_index_.emplace(info.scalars, static_cast<int32_t>(scalars_.size()));
+    if (is_new) scalars_.push_back(info.scalars);
+    scalars = found->second;
+  }
+  Row& at = rows_[n];
+  bool same = at.step == info.step && at.numel == row.numel && at.scalars == scalars && at.variant == info.variant &&
+              at.step_is_double == info.step_is_double && layouts_[n] == row.layout;
+  for (int k = 0; k < kMaxStreams; ++k) same &= k == kGrad || at.data[k] == row.data[k];
+  if (!same) {
+    std::memcpy(at.data, row.data, sizeof at.data);
+    at.data[kGrad] = nullptr;
+    at.step = info.step;
+    at.numel = row.numel;
+    at.scalars = scalars;
+    at.variant = info.variant;
+    at.step_is_double = info.step_is_double;
+    layouts_[n] = row.layout;
+    rows_changed_ = true;
+  }
+  if (grads_[n] != row.data[kGrad]) {
+    grads_[n] = row.data[kGrad];
+    grads_changed_ = true;
+  }
+}
+
+// Lays the whole image out anew.
+void Table::build(const StepInfo& info) {
+  std::vector<Layout::Dim> dims;
+  std::vector<int64_t> numel(num_rows_), first_chunk(num_rows_);
+  for (size_t n = 0; n < num_rows_; ++n) {
+    Row& row = rows_[n];
+    numel[n] = row.numel;
+    row.layout = layouts_[n] ? static_cast<int64_t>(dims.size()) : -1;
+    row.ndim = layouts_[n] ? layouts_[n]->ndim : 0;
+    if (layouts_[n]) dims.insert(dims.end(), layouts_[n]->dim, layouts_[n]->dim + row.ndim);
+  }
+  std::vector<int32_t> row_of_chunk;
+  plan_chunks(numel.data(), num_rows_, first_chunk.data(), &row_of_chunk);
+  for (size_t n = 0; n < num_rows_; ++n) rows_[n].first_chunk = first_chunk[n];
+  num_chunks_ = row_of_chunk.size();
+
+  size_t size = 0;
+  const auto place = [&](size_t bytes) {
+    const size_t at = size;
+    size = (size + bytes + 15) / 16 * 16;
+    return at;
+  };
+  place(sizeof(unsigned));  // blocks_done
+  place(num_rows_ * sizeof grads_[0]);
+  scalars_at_ = place(num_more_ * info.scalars_size);
+  groups_at_ = place(groups_size_);
+  hot_size_ = size;
+  rows_at_ = place(num_rows_ * sizeof(Row));
+  dims_at_ = place(dims.size() * sizeof(Layout::Dim));
+  chunks_at_ = place(row_of_chunk.size() * sizeof(int32_t));
+  image_.assign(size, std::byte{0});
+  std::memcpy(image_.data() + rows_at_, rows_.data(), num_rows_ * sizeof(Row));
+  std::memcpy(image_.data() + dims_at_, dims.data(), dims.size() * sizeof(Layout::Dim));
+  std::memcpy(image_.data() + chunks_at_, row_of_chunk.data(), row_of_chunk.size() * sizeof(int32_t));
+}
+
+constexpr size_t kGradsAt = 16;  // behind blocks_done
+
+void Table::upload(const StepInfo& info, std::byte* to, const std::byte* from, size_t bytes) {
+  Staging* staging = nullptr;
+  for (Staging& candidate : staging_) {
+    if (candidate.capacity < bytes || (candidate.event && !cuda_->is_done(candidate.event))) continue;
+    staging = &candidate;
+    break;
+  }
+  if (!staging) {
+    const size_t capacity = bytes * 3 / 2;
+    staging_.push_back({static_cast<std::byte*>(cuda_->allocate_pinned(capacity)), capacity, nullptr});
+    staging = &staging_.back();
+  }
+  std::memcpy(staging->at, from, bytes);
+  cuda_->copy(info.device, to, staging->at, bytes, info.stream, &staging->event);
+}
+
+void Table::prepare(const StepInfo& info, bool changed) {
+  info_ = info;
+  if (rows_.size() != num_rows_) {
+    rows_.resize(num_rows_);
+    grads_.resize(num_rows_);
+    layouts_.resize(num_rows_);
+    rows_changed_ = true;
+  }
+  const size_t num_more = scalars_.size() > kInlineScalars ? scalars_.size() : 0;
+  const size_t groups_size = on_device_ ? info.groups_size : 0;
+  const bool capturing = cuda_->is_capturing(info.stream);
+  if (capturing && !scalars_.empty()) {
+    throw std::runtime_error(
+        "a step that counts on the host cannot be captured in a CUDA graph: make the optimizer with capturable=True");
+  }
+  const bool all = rows_changed_ || changed || capturing || num_more != num_more_ || groups_size != groups_size_;
+  if (all) {
+    rows_changed_ = true;  // until the image is where it belongs
+    num_more_ = num_more;
+    groups_size_ = groups_size;
+    build(info);
+  }
+  bool hot = grads_changed_ || num_more > 0;
+  grads_changed_ = true;
+  std::memcpy(image_.data() + kGradsAt, grads_.data(), num_rows_ * sizeof grads_[0]);
+  for (size_t i = 0; i < num_more; ++i)
+    std::memcpy(image_.data() + scalars_at_ + i * info.scalars_size, scalars_[i], info.scalars_size);
+  if (groups_size && std::memcmp(image_.data() + groups_at_, info.groups, groups_size) != 0) {
+    std::memcpy(image_.data() + groups_at_, info.groups, groups_size);
+    hot = true;
+  }
+
+  std::byte* at;
+  if (capturing) {
+    // The graph gets a table of its own, which nothing else writes and nothing frees.
+    at = static_cast<std::byte*>(cuda_->allocate(info.device, image_.size()));
+    cuda_->copy_now(info.device, at, image_.data(), image_.size());
+    captured_.push_back({at, groups_at_, groups_size});
+  } else {
+    bool moved = false;
+    if (capacity_ < image_.size()) {
+      const size_t capacity = image_.size() * 3 / 2;
+      std::byte* memory = static_cast<std::byte*>(cuda_->allocate(info.device, capacity));
+      if (memory_) retired_.push_back(memory_);
+      memory_ = memory;
+      capacity_ = capacity;
+      moved = true;
+    }
+    at = memory_;
+    const size_t size = all || moved ? image_.size() : hot ? hot_size_ : kGradsAt;
+    if (size > kGradsAt) upload(info, at + kGradsAt, image_.data() + kGradsAt, size - kGradsAt);
+    rows_changed_ = grads_changed_ = false;
+  }
+
+  Where where{};
+  where.rows = reinterpret_cast<const Row*>(at + rows_at_);
+  where.grads = reinterpret_cast<std::byte* const*>(at + kGradsAt);
+  where.dims = reinterpret_cast<const Layout::Dim*>(at + dims_at_);
+  where.row_of_chunk = reinterpret_cast<const int32_t*>(at + chunks_at_);
+  where.num_rows = num_rows_;
+  where.num_chunks = num_chunks_;
+  where.groups = on_device_ ? at + groups_at_ : nullptr;
+  where.more_scalars = num_more ? at + scalars_at_ : nullptr;
+  where.found_inf = info.found_inf;
+  where.grad_scale = info.grad_scale;
+  where.blocks_done = reinterpret_cast<unsigned*>(at);
+  args_.resize(sizeof where + kInlineScalars * info.scalars_size);
+  std::memcpy(args_.data(), &where, sizeof where);
+  for (size_t i = 0; i < scalars_.size() && !num_more; ++i)
+    std::memcpy(args_.data() + sizeof where + i * info.scalars_size, scalars_[i], info.scalars_size);
+}
+
+void Table::launch() {
+  if (num_chunks_ == 0 && !on_device_) return;  // nothing but empty tensors
+  cuda_->launch(info_.rule, info_.dtype, on_device_, args_.data(), info_.device, info_.stream);
+}
+
+void Table::update_captured(const StepInfo& info) {
+  for (const Captured& captured : captured_) {
+    if (captured.groups_size == 0) continue;
+    if (captured.groups_size != info.groups_size)
+      throw std::runtime_error("the number of parameter groups has changed since the graph was captured");
+    upload(info, captured.memory + captured.groups_at, info.groups, info.groups_size);
+  }
+}
+
+}  // namespace cuda
+}  // namespace fusedopt

@@ -1,0 +1,98 @@
+// One launch a device and dtype: keeps the kernel's table, finds out what changed in it, uploads that, launches.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "runtime.h"
+#include "table.h"
+
+namespace fusedopt {
+namespace cuda {
+
+// Shares rows out into chunks: first_chunk of each row, and the row of each chunk.
+void plan_chunks(const int64_t* numel, int64_t num_rows, int64_t* first_chunk, std::vector<int32_t>* row_of_chunk);
+
+// What a step knows of one row beside its TensorRow.
+struct RowInfo {
+  const void* scalars;  // null: the kernel computes them
+  int32_t group;
+  int16_t variant;
+  bool step_is_double;
+  void* step;  // null: the host counts
+};
+
+// What is the same for all rows of a launch.
+struct StepInfo {
+  int rule;
+  DType dtype;
+  size_t scalars_size;
+  const std::byte* groups;  // Group<Rule>[]
+  size_t groups_size;
+  const float *found_inf, *grad_scale;
+  int device;
+  void* stream;
+};
+
+// The table of one device and dtype.
+class Table {
+ public:
+  Table() : cuda_(runtime()) {}
+  ~Table();
+  Table(const Table&) = delete;
+
+  void begin() { num_rows_ = 0; }
+  void add(const TensorRow& row, const RowInfo& info);
+  // All that can fail but the launch. `changed`: a row's layout may have changed with everything else alike.
+  void prepare(const StepInfo& info, bool changed);
+  void launch();
+  // Uploads the groups' options to the tables of captured graphs.
+  void update_captured(const StepInfo& info);
+  bool empty() const { return num_rows_ == 0; }
+
+ private:
+  struct Captured {
+    std::byte* memory;
+    size_t groups_at, groups_size;
+  };
+  // Pinned memory that a copy to the device reads; used again only when that copy is done.
+  struct Staging {
+    std::byte* at;
+    size_t capacity;
+    void* event;
+  };
+
+  void build(const StepInfo& info);
+  void upload(const StepInfo& info, std::byte* to, const std::byte* from, size_t bytes);
+
+  const Runtime* cuda_;
+
+  // The rows as they were last given, and what of them is not in the table yet.
+  std::vector<Row> rows_;
+  std::vector<std::byte*> grads_;
+  std::vector<const Layout*> layouts_;
+  size_t num_rows_ = 0;
+  bool rows_changed_ = true, grads_changed_ = true;
+  bool on_device_ = false;            // some count their steps on the device
+  std::vector<const void*> scalars_;  // the sets in use
+  std::unordered_map<const void*, int32_t> scalars_index_;
+
+  // The table's image: gradients, scalars, groups (what changes often: the hot part), then rows, dimensions, chunks.
+  std::vector<std::byte> image_;
+  size_t scalars_at_ = 0, groups_at_ = 0, rows_at_ = 0, dims_at_ = 0, chunks_at_ = 0, hot_size_ = 0;
+  size_t num_more_ = 0, groups_size_ = 0;
+  int64_t num_chunks_ = 0;
+
+  std::byte* memory_ = nullptr;  // the table
+  size_t capacity_ = 0;
+  std::vector<std::byte*> retired_;  // outgrown ones, which a kernel may still be reading
+  std::vector<Captured> captured_;   // those of graphs, which may be replayed for as long as the process lives
+  std::vector<Staging> staging_;
+  std::vector<std::byte> args_;
+  StepInfo info_{};
+};
+
+}  // namespace cuda
+}  // namespace fusedopt

@@ -1,0 +1,184 @@
+// The kernel's entry point, its one launch, and the rest of what the driver needs of CUDA's runtime.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+#include "runtime.h"
+#include "step.cuh"
+
+namespace fusedopt {
+namespace cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forget it, if it can be forgotten
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+}
+
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = before_ != device;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Lets this thread do, while a stream is being captured, what is no part of the graph.
+class OutsideCapture {
+ public:
+  OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  OutsideCapture(const OutsideCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Blocks that a multiprocessor must have room for: as few as keep its share of the memory busy, so that no register
+// spills.
+template <class S, bool kOnDevice>
+constexpr int kMinBlocks = sizeof(S) == 8 || (sizeof(S) == 2 && kOnDevice) ? 2 : 3;
+
+template <class Rule, class S, class T, bool kOnDevice>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<S, kOnDevice>) step_kernel(const __grid_constant__ Args<Rule, T> args) {
+  step_thread<Rule, S, T, kOnDevice>(args, blockIdx.x, gridDim.x, threadIdx.x);
+  if (!kOnDevice) return;
+  // The last block to come here finds that all have read the step counts, and counts.
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(args.at.blocks_done, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  count_steps<Rule, T>(args, threadIdx.x);
+  if (threadIdx.x == 0) *args.at.blocks_done = 0;
+}
+
+const char* why_not() {
+  static const std::string reason = [] {
+    int count = 0, driver = 0, built = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaSuccess && count > 0) return std::string();
+    cudaGetLastError();
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&built);
+    const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+    if (driver == 0) return std::string("no CUDA driver on this machine");
+    if (error == cudaErrorInsufficientDriver)
+      return "the driver is for CUDA " + version(driver) + ", this build for " + version(built) +
+             ": update the driver, or build with an older toolkit";
+    return std::string("no CUDA device: ") + cudaGetErrorString(error);
+  }();
+  return reason.empty() ? nullptr : reason.c_str();
+}
+
+void* allocate(int device, size_t bytes) {
+  const OnDevice on(device);
+  const OutsideCapture outside;
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, bytes), "allocating the table");
+  // On a stream of its own: the legacy stream must not be touched while another is captured.
+  cudaStream_t stream;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, stream);
+  cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  check(error, "clearing the table");
+  return memory;
+}
+
+void release(int device, void* memory) {
+  const OnDevice on(device);
+  const OutsideCapture outside;
+  check(cudaFree(memory), "cudaFree");
+}
+
+void* allocate_pinned(size_t bytes) {
+  const OutsideCapture outside;
+  void* memory = nullptr;
+  check(cudaHostAlloc(&memory, bytes, cudaHostAllocPortable), "allocating pinned memory");
+  return memory;
+}
+
+void copy(int device, void* to, const void* from, size_t bytes, void* stream, void** event) {
+  const OnDevice on(device);
+  if (!*event) {
+    cudaEvent_t made;
+    check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "cudaEventCreate");
+    *event = made;
+  }
+  const auto on_stream = static_cast<cudaStream_t>(stream);
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, on_stream), "uploading the table");
+  check(cudaEventRecord(static_cast<cudaEvent_t>(*event), on_stream), "cudaEventRecord");
+}
+
+bool is_done(void* event) {
+  const cudaError_t error = cudaEventQuery(static_cast<cudaEvent_t>(event));
+  if (error == cudaErrorNotReady) return cudaGetLastError(), false;
+  check(error, "an earlier kernel");
+  return true;
+}
+
+void copy_now(int device, void* to, const void* from, size_t bytes) {
+  const OnDevice on(device);
+  const OutsideCapture outside;
+  cudaStream_t stream;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
+  cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  check(error, "uploading the table");
+}
+
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status;
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+template <class Rule, class S, class T, bool kOnDevice>
+struct Launch {
+  static void call(const void* raw, int device, void* stream) {
+    constexpr auto kernel = step_kernel<Rule, S, T, kOnDevice>;
+    // As many blocks as the device holds at once; never more than there is work for.
+    static int resident[64] = {};
+    int& most = resident[device % 64];
+    if (most == 0) {
+      int processors = 0, blocks = 0;
+      check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), "the kernel's occupancy");
+      most = processors * blocks;
+    }
+    const auto& args = *static_cast<const Args<Rule, T>*>(raw);
+    const int64_t blocks = args.at.num_chunks < most ? args.at.num_chunks : most;
+    kernel<<<static_cast<unsigned>(blocks > 0 ? blocks : 1), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    check(cudaGetLastError(), "launching the step");
+  }
+};
+
+void launch(int rule, DType dtype, bool on_device, const void* args, int device, void* stream) {
+  const OnDevice on(device);
+  dispatch<Launch>(Rules{}, rule, dtype, on_device, args, device, stream);
+}
+
+}  // namespace
+
+const Runtime kGpu = {why_not, allocate, release,      allocate_pinned, copy,
+                      is_done, copy_now, is_capturing, launch};
+
+}  // namespace cuda
+}  // namespace fusedopt

@@ -1,0 +1,74 @@
+// What the kernel reads: plain data, made by plan.h on the host and uploaded as it is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../rules/tensor_lr.h"
+#include "../table.h"
+
+namespace fusedopt {
+namespace cuda {
+
+constexpr int kThreads = 256;        // of a block
+constexpr int64_t kChunk = 4096;     // elements that a block takes at a time, all of one row
+constexpr int kInlineScalars = 32;   // sets of scalars that travel with the launch itself
+constexpr int kMaxNumbers = 4;       // options of a group that may be tensors on the device
+
+// A row of the table. Its gradient's address lies in a list of its own, which changes more often.
+struct Row {
+  std::byte* data[kMaxStreams];
+  void* step;  // the step count, where it lives on the device; else null
+  int64_t numel;
+  int64_t first_chunk;
+  int64_t layout;   // where its dimensions begin in the list of all, -1 if all streams are dense in one common order
+  int32_t ndim;     // of the layout
+  int32_t scalars;  // which set; with a step count on the device: which group
+  int16_t variant;
+  bool step_is_double;
+};
+
+// A group whose scalars the kernel computes itself, because its step counts, or its lr, live on the device.
+template <class Rule>
+struct Group {
+  typename Rule::Options options;
+  double lr;
+  const void* lr_at;  // null: lr is `lr`
+  DType lr_dtype;
+  bool lr_is_tensor;
+  // Options that are tensors on the device: where, of what dtype, and the byte of `options` they belong at.
+  int32_t num_numbers;
+  const void* number_at[kMaxNumbers];
+  DType number_dtype[kMaxNumbers];
+  int32_t number_offset[kMaxNumbers];
+  // corrections[t] for the step counts t = 0 to num_corrections - 1, computed by the host, whose pow is torch's; the
+  // last one holds for all later counts if it is `final`. Null if an option is on the device.
+  const typename Rule::Corrections* corrections;
+  int64_t num_corrections;
+  bool final;
+};
+
+// The kernel's argument: where the table lies, then the first kInlineScalars sets of scalars.
+struct Where {
+  const Row* rows;
+  std::byte* const* grads;
+  const Layout::Dim* dims;
+  const int32_t* row_of_chunk;
+  int64_t num_rows, num_chunks;
+  const void* groups;        // Group<Rule>[], null if all step counts are the host's
+  const void* more_scalars;  // Scalars[], null if those that travel with the launch are all
+  // What GradScaler left, null if nothing: a step with *found_inf != 0 changes nothing; gradients are divided by *scale.
+  const float* found_inf;
+  const float* grad_scale;
+  unsigned* blocks_done;  // zero between launches
+};
+
+template <class Rule, class T>
+struct Args {
+  using Scalars = typename Rule::template Scalars<T>;
+  Where at;
+  Scalars scalars[kInlineScalars];
+};
+
+}  // namespace cuda
+}  // namespace fusedopt

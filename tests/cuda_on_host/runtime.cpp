@@ -1,0 +1,94 @@
+// CUDA's part played by the host: "device" memory is malloc's, copies are memcpy, and a launch runs csrc/cuda/step.cuh,
+// the kernel's own source, for one thread of one block after the other. Loaded by tests/conftest.py.
+//
+// What it can not show: races, memory order, speed, what nvcc makes of the source.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "../../csrc/cpu/float_mode.h"
+#include "../../csrc/cuda/dispatch.h"
+#include "../../csrc/cuda/runtime.h"
+#include "../../csrc/cuda/step.cuh"
+
+using namespace fusedopt;
+using namespace fusedopt::cuda;
+
+// What happened, for tests.
+extern "C" int64_t fusedopt_launches = 0, fusedopt_copies = 0, fusedopt_bytes_copied = 0, fusedopt_copies_now = 0;
+extern "C" int64_t fusedopt_blocks = 3, fusedopt_capturing = 0, fusedopt_copies_pending = 0, fusedopt_fail_allocations = 0;
+
+namespace {
+
+const char* why_not() { return nullptr; }
+
+void* allocate(int, size_t bytes) {
+  if (fusedopt_fail_allocations) throw std::runtime_error("CUDA: allocating the table: out of memory");
+  return std::calloc(1, bytes);
+}
+
+void release(int, void* memory) { std::free(memory); }
+
+void* allocate_pinned(size_t bytes) { return std::malloc(bytes); }
+
+void copy(int, void* to, const void* from, size_t bytes, void*, void** event) {
+  if (fusedopt_capturing) std::abort();  // it would be repeated at every replay
+  ++fusedopt_copies;
+  fusedopt_bytes_copied += static_cast<int64_t>(bytes);
+  std::memcpy(to, from, bytes);
+  *event = to;
+}
+
+bool is_done(void*) { return !fusedopt_copies_pending; }
+
+void copy_now(int, void* to, const void* from, size_t bytes) {
+  ++fusedopt_copies_now;
+  std::memcpy(to, from, bytes);
+}
+
+bool is_capturing(void*) { return fusedopt_capturing; }
+
+// A recorded graph: the launches of a capture, to be replayed.
+struct Node {
+  void (*run)(const void*);
+  std::byte args[4096];
+};
+std::vector<Node> graph;
+
+template <class Rule, class S, class T, bool kOnDevice>
+struct Launch {
+  static void run(const void* raw) {
+    const FloatMode mode;
+    const auto& args = *static_cast<const Args<Rule, T>*>(raw);
+    // The last block first: none may depend on another.
+    for (int64_t block = fusedopt_blocks - 1; block >= 0; --block) {
+      for (int thread = 0; thread < kThreads; ++thread)
+        step_thread<Rule, S, T, kOnDevice>(args, block, fusedopt_blocks, thread);
+    }
+    for (int thread = 0; kOnDevice && thread < kThreads; ++thread) count_steps<Rule, T>(args, thread);
+  }
+
+  static void call(const void* args) {
+    static_assert(sizeof(Args<Rule, T>) <= sizeof Node::args, "a kernel's argument has at most 4 KB");
+    ++fusedopt_launches;
+    if (!fusedopt_capturing) return run(args);
+    graph.push_back({run, {}});
+    std::memcpy(graph.back().args, args, sizeof(Args<Rule, T>));
+  }
+};
+
+void launch(int rule, DType dtype, bool on_device, const void* args, int, void*) {
+  dispatch<Launch>(Rules{}, rule, dtype, on_device, args);
+}
+
+}  // namespace
+
+extern "C" void fusedopt_replay() {
+  for (const Node& node : graph) node.run(node.args);
+}
+extern "C" void fusedopt_forget_graph() { graph.clear(); }
+
+extern "C" const Runtime fusedopt_cuda_on_host;
+const Runtime fusedopt_cuda_on_host = {why_not, allocate, release,      allocate_pinned, copy,
+                                       is_done, copy_now, is_capturing, launch};
