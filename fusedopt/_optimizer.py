@@ -25,10 +25,14 @@ class FusedOptimizer(Optimizer):
     _rule: str
 
     # GradScaler hands its scale and its verdict to the step (`grad_scale`, `found_inf`) instead of unscaling first.
-    # Torch's own path, taken when differentiable, cannot honour them.
+    # Torch's own path, taken when differentiable, cannot honour them; nor can a step that counts on the CPU know a verdict
+    # that lies on a GPU without waiting for it. Then GradScaler unscales and waits itself, as it does for torch's loop.
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return not self._any_differentiable()
+        return not self._any_differentiable() and all(
+            group["fused"] or group["capturable"] or not any(param.is_cuda for param in group["params"])
+            for group in self.param_groups
+        )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -69,6 +73,18 @@ class FusedOptimizer(Optimizer):
             torch.get_num_threads(),
         )
         return loss
+
+    def update_captured(self) -> None:
+        """Make CUDA graphs that captured this optimizer's step use the options that the groups have now.
+
+        A graph reads a tensor lr (and tensor betas) from its memory at every replay. Everything else it keeps as it was
+        when the step was captured, until this is called: stream-ordered before the next replay on the current stream,
+        without a synchronisation. Not for `amsgrad`, which changes what the step works on: capture anew.
+
+        Raises:
+            RuntimeError: the number of groups has changed since the capture.
+        """
+        self._stepper.update_captured(self.param_groups)
 
     def _torch_step(self, closure: Callable[[], Any] | None) -> Any:
         step: Any = super().step

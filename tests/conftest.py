@@ -13,14 +13,11 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-
 from optimizers import CUDA_ON_HOST, TARGETS
 
 from fusedopt._config import _C
 
 torch.set_num_threads(1)  # tests that want more ask for them, with `threads`
-
-
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +26,8 @@ def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("cuda_on_host") / "runtime.so"
     source = Path(__file__).parent / "cuda_on_host" / "runtime.cpp"
     flags = ["-std=gnu++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-w"]
+    if sanitizers := os.environ.get("FUSEDOPT_SANITIZE"):
+        flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"]
     subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
@@ -54,6 +53,16 @@ def capability(request: pytest.FixtureRequest, set_capability: Callable[[str], N
     """Run the test once on every target that this machine has."""
     set_capability(request.param)
     return request.param
+
+
+@pytest.fixture(params=["by_signature", "by_dlpack", CUDA_ON_HOST])
+def way(request: pytest.FixtureRequest, set_capability: Callable[[str], None]) -> Iterator[str]:
+    """Run the test in both ways to know that tensors are what they were, and with the other driver."""
+    _C.set_signatures(request.param != "by_dlpack")
+    if request.param == CUDA_ON_HOST:
+        set_capability(CUDA_ON_HOST)
+    yield request.param
+    _C.set_signatures(True)
 
 
 @pytest.fixture

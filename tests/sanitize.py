@@ -12,6 +12,7 @@ import sys
 
 from scratch import scratch_copy
 
+SANITIZERS = "address,undefined"
 COMPILER = os.environ.get("CXX", "g++")
 
 
@@ -23,10 +24,11 @@ def library(name: str) -> str:
 
 def main() -> int:
     with scratch_copy() as copy:
-        copy.build(FUSEDOPT_SANITIZE="address,undefined")
+        copy.build(FUSEDOPT_SANITIZE=SANITIZERS, FUSEDOPT_CUDA="off")
         command = [sys.executable, "-m", "pytest", "-q", *(sys.argv[1:] or ["-n", "2"])]
         return copy.run(
             command,
+            FUSEDOPT_SANITIZE=SANITIZERS,  # for the CUDA kernel's host build, which tests/conftest.py makes
             LD_PRELOAD=f"{library('libasan.so')} {library('libstdc++.so')}",
             # Python's own objects live until the process ends; freed memory is kept back, but not so much of it that
             # the test for leaks takes it for one.

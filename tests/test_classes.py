@@ -77,7 +77,7 @@ def test_subclass_with_the_same_signature(ours: type[Optimizer], theirs: type[Op
     assert repr(ours([p])) == repr(theirs([p]))
     assert ours([p]).defaults == theirs([p]).defaults
     public = {name for name in dir(ours) if not name.startswith("_")}
-    assert public == {name for name in dir(theirs) if not name.startswith("_")}
+    assert public - {name for name in dir(theirs) if not name.startswith("_")} == {"update_captured"}
 
 
 def test_what_the_package_exports() -> None:

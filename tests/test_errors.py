@@ -1,7 +1,7 @@
 """What cannot be updated rightly is a clear error that names the parameter, and nothing is changed by that step."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fusedopt._config import _C
-
-
-@pytest.fixture(autouse=True, params=[True, False], ids=["by_signature", "by_dlpack"])
-def signatures(request: pytest.FixtureRequest) -> Iterator[None]:
-    _C.set_signatures(request.param)
-    yield
-    _C.set_signatures(True)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 class Model:

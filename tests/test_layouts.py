@@ -1,11 +1,11 @@
 """Every memory layout gives the bits of contiguous memory, and nothing outside a view is written."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from optimizers import BY_ID, DTYPES, VARIANTS, Row, generator, name_of
+from optimizers import BY_ID, CUDA_ON_HOST, DTYPES, FLOATS, VARIANTS, Row, generator, name_of
 from reference import Hyper, assert_same_bits, low_precision_step, torch_loop_step, varied_values
 from torch import Tensor
 from torch.nn import Parameter
@@ -15,12 +15,7 @@ from fusedopt._config import _C
 COMPLEX = [torch.complex64, torch.complex128]
 
 
-@pytest.fixture(autouse=True, params=[True, False], ids=["by_signature", "by_dlpack"])
-def signatures(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Run every test with the quick check for changes, and with every tensor read anew in every step."""
-    _C.set_signatures(request.param)
-    yield request.param
-    _C.set_signatures(True)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -101,7 +96,6 @@ LAYOUTS: dict[str, Callable[[torch.dtype, int], Tensor]] = {
     "size_one_dims": lambda dtype, seed: values(dtype, 60, seed).as_strided((1, 3, 1, 4, 1), (1000, 4, 77, 1, 0)),
     "rows_that_interlock": lambda dtype, seed: values(dtype, 60, seed).as_strided((3, 4), (2, 7), 3),
     "long_rows": lambda dtype, seed: values(dtype, 4000, seed).view(4, 1000)[:, 3:-4],
-    "misaligned": misaligned,
 }
 
 
@@ -123,6 +117,21 @@ GRADS: dict[str, Callable[[Tensor, int], Tensor]] = {
     ),
     "as_the_parameter": lambda p, seed: values(p.dtype, p.numel(), seed).view(p.shape).clone().copy_(p).add_(seed),
 }
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("row", VARIANTS, ids=name_of)
+def test_misaligned(row: Row, dtype: torch.dtype, way: str) -> None:
+    params = [misaligned(dtype, seed) for seed in range(3)]
+    if way == CUDA_ON_HOST:  # which cannot read it
+        param = Parameter(params[0])
+        param.grad = values(dtype, 37, 5)
+        with pytest.raises(RuntimeError, match="does not begin at a multiple of its element's size"):
+            row.make([param]).step()
+        return
+    pair = Pair(row, params)
+    for step in range(3):
+        pair.step([values(dtype, 37, 10 * step + seed) for seed in range(3)])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -147,8 +156,7 @@ def test_parameter_and_gradient_layouts(row: Row, layout: str) -> None:
 @pytest.mark.parametrize("row", VARIANTS, ids=name_of)
 def test_layouts_of_other_dtypes(row: Row, dtype: torch.dtype) -> None:
     """All layouts in one call, complex parameters as pairs of real ones."""
-    names = [name for name in LAYOUTS if not (dtype.is_complex and name == "misaligned")]
-    params = [LAYOUTS[name](dtype, seed) for seed, name in enumerate(names)]
+    params = [make(dtype, seed) for seed, make in enumerate(LAYOUTS.values())]
     pair = Pair(row, params)
     for step, make in enumerate(GRADS.values()):
         pair.step([make(p, 100 * step + i) for i, p in enumerate(params)])
@@ -388,6 +396,6 @@ def test_as_many_dimensions_as_torch_has() -> None:
     assert_same_bits(deep.detach().view(6), flat.detach())
 
 
-def test_the_quick_check_is_in_use(signatures: bool) -> None:
+def test_the_quick_check_is_in_use(way: str) -> None:
     """Known to hold for the torch that the tests run with; another torch may fall back to DLPack."""
-    assert _C.build_info()["signatures"] == signatures
+    assert _C.build_info()["signatures"] == (way != "by_dlpack")

@@ -7,7 +7,7 @@ import pickle
 import random
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,16 +19,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import fusedopt
-from fusedopt._config import _C
 
 SHAPES = ((4, 4), (7,), (3, 3), (), (2, 2, 5))
 
 
-@pytest.fixture(autouse=True, params=[True, False], ids=["by_signature", "by_dlpack"])
-def signatures(request: pytest.FixtureRequest) -> Iterator[None]:
-    _C.set_signatures(request.param)
-    yield
-    _C.set_signatures(True)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def values(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

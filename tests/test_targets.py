@@ -15,8 +15,8 @@ import pytest
 import torch
 from optimizers import (
     AWKWARD,
-    CUDA_ON_HOST,
     BY_ID,
+    CUDA_ON_HOST,
     DTYPES,
     ROWS,
     TARGETS,

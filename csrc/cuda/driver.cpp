@@ -11,6 +11,9 @@ static const Runtime* in_use = nullptr;
 const Runtime* runtime() { return in_use; }
 void set_runtime(const Runtime* runtime) { in_use = runtime; }
 
+static int64_t num_launches = 0;
+int64_t launches() { return num_launches; }
+
 void plan_chunks(const int64_t* numel, int64_t num_rows, int64_t* first_chunk, std::vector<int32_t>* row_of_chunk) {
   int64_t chunk = 0;
   for (int64_t n = 0; n < num_rows; ++n) {
@@ -206,6 +209,7 @@ void Table::prepare(const StepInfo& info, bool changed) {
 
 void Table::launch() {
   if (num_chunks_ == 0 && !on_device_) return;  // nothing but empty tensors
+  ++num_launches;
   cuda_->launch(info_.rule, info_.dtype, on_device_, args_.data(), info_.device, info_.stream);
 }
 

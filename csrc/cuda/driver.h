@@ -15,6 +15,9 @@ namespace cuda {
 // Shares rows out into chunks: first_chunk of each row, and the row of each chunk.
 void plan_chunks(const int64_t* numel, int64_t num_rows, int64_t* first_chunk, std::vector<int32_t>* row_of_chunk);
 
+// Launches so far, by all tables.
+int64_t launches();
+
 // What a step knows of one row beside its TensorRow.
 struct RowInfo {
   const void* scalars;  // null: the kernel computes them

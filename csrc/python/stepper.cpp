@@ -452,6 +452,14 @@ bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
     without_state.push_back(dirty.param);
   }
   if (without_state.empty()) return true;
+  for (const Dirty& dirty : scan->dirty) {
+    TensorView view;
+    std::string why;
+    if (read_tensor(dirty.param, &view, &why) && view.device != kCpu &&
+        cuda::runtime()->is_capturing(current_stream(view.device))) {
+      fail(name(entries_[dirty.entry], *scan), "its state", "does not exist yet: make a step before capturing one");
+    }
+  }
 
   const py::list made = new_states(missing);
   for (size_t i = 0; i < without_state.size(); ++i) {

@@ -16,8 +16,10 @@ using namespace fusedopt;
 using namespace fusedopt::cuda;
 
 // What happened, for tests.
-extern "C" int64_t fusedopt_launches = 0, fusedopt_copies = 0, fusedopt_bytes_copied = 0, fusedopt_copies_now = 0;
-extern "C" int64_t fusedopt_blocks = 3, fusedopt_capturing = 0, fusedopt_copies_pending = 0, fusedopt_fail_allocations = 0;
+extern "C" int64_t fusedopt_launches = 0, fusedopt_copies = 0, fusedopt_bytes_copied = 0, fusedopt_copies_now = 0,
+                   fusedopt_pinned = 0;
+extern "C" int64_t fusedopt_blocks = 3, fusedopt_capturing = 0, fusedopt_copies_pending = 0, fusedopt_fail_allocations = 0,
+                   fusedopt_first_block = 0;
 
 namespace {
 
@@ -30,7 +32,10 @@ void* allocate(int, size_t bytes) {
 
 void release(int, void* memory) { std::free(memory); }
 
-void* allocate_pinned(size_t bytes) { return std::malloc(bytes); }
+void* allocate_pinned(size_t bytes) {
+  ++fusedopt_pinned;
+  return std::malloc(bytes);
+}
 
 void copy(int, void* to, const void* from, size_t bytes, void*, void** event) {
   if (fusedopt_capturing) std::abort();  // it would be repeated at every replay
@@ -62,7 +67,7 @@ struct Launch {
     const FloatMode mode;
     const auto& args = *static_cast<const Args<Rule, T>*>(raw);
     // The last block first: none may depend on another.
-    for (int64_t block = fusedopt_blocks - 1; block >= 0; --block) {
+    for (int64_t block = fusedopt_blocks - 1; block >= fusedopt_first_block; --block) {
       for (int thread = 0; thread < kThreads; ++thread)
         step_thread<Rule, S, T, kOnDevice>(args, block, fusedopt_blocks, thread);
     }

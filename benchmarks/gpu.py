@@ -1,0 +1,768 @@
+"""On a GPU: fusedopt against its rivals, the bandwidth of a copy, and its targets (`benchmarks/gpu.sh` runs this too).
+
+Every contender is checked before it is timed, on a small case of the same pattern: fusedopt's parameters and state on
+the GPU must have the bits of fusedopt's on the CPU, the others' must be close to them. Who is wrong gets no rows. The
+contenders of a benchmark share parameters, gradients and moments and take turns; each has step counts of its own.
+Three times are measured, of one step each:
+
+device  between two events around the step. The device is kept busy until the host has enqueued it all, so that no
+        wait for the host counts; where that failed, a row says so.
+host    of step() alone, the device being idle when it begins.
+wall    from before step() until the device is done, the device being idle when it begins.
+
+Before a device or a wall time the L2 cache is filled with something else. Each benchmark is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+import fusedopt
+from fusedopt._config import _C
+
+from . import harness
+from .harness import Contender, Row, Samples, Skipped, Spread, Target, at_least, at_most, ratio_row
+
+DEVICE = "cuda"
+KI, MI = 2**10, 2**20
+OURS, CAPTURABLE = "fusedopt", "fusedopt capturable"
+FUSED, FOREACH, LOOP, COMPILED = "torch fused", "torch foreach", "torch loop", "torch compiled"
+COPY, FLOOR = "copy", "floor"
+TORCH_KINDS: dict[str, dict[str, bool]] = {
+    FUSED: {"fused": True},
+    FOREACH: {"foreach": True},
+    LOOP: {"foreach": False, "fused": False},
+    COMPILED: {"foreach": True, "capturable": True},  # what the compiler makes of it anyhow
+}
+STEP_ON_DEVICE = (CAPTURABLE, FUSED, COMPILED)
+REFUSED = "REFUSED, wrong result"
+Shape = tuple[int, ...]
+Quick = bool
+
+
+def make_optimizer(kind: str, params: list[Parameter], **options: Any) -> Optimizer:
+    if kind in (OURS, CAPTURABLE):
+        return fusedopt.Adam(params, capturable=kind == CAPTURABLE, **options)
+    return torch.optim.Adam(params, **TORCH_KINDS[kind], **options)
+
+
+def make_parameters(shapes: Sequence[Shape], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:
+    """Separately allocated parameters on the device, each with a gradient: standard normal, both."""
+    g = torch.Generator(DEVICE).manual_seed(seed)
+
+    def values(shape: Shape) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=DEVICE).normal_(generator=g)
+
+    params = [Parameter(values(shape)) for shape in shapes]
+    for param in params:
+        param.grad = values(param.shape)
+    return params
+
+
+def make_optimizers(params: list[Parameter], kinds: Sequence[str], **options: Any) -> dict[str, Optimizer]:
+    """One optimizer of each kind, on the same parameters and moments; step counts of its own, where it keeps them."""
+    ours = make_optimizer(OURS, params, **options)
+    ours.step()
+    optimizers = {OURS: ours}
+    for kind in kinds:
+        if kind == OURS:
+            continue
+        optimizers[kind] = make_optimizer(kind, params, **options)
+        for param in params:
+            state = ours.state[param]
+            step = state["step"].to(DEVICE if kind in STEP_ON_DEVICE else "cpu", copy=True)
+            optimizers[kind].state[param] = {**state, "step": step}
+    return optimizers
+
+
+# --- where a step's gradients come from ----------------------------------------------------------------------------
+
+Renew = Callable[[list[Parameter], list[Tensor]], None]
+
+
+def kept(params: list[Parameter], grads: list[Tensor]) -> None:
+    """The gradient tensors of the step before."""
+
+
+def assigned(params: list[Parameter], grads: list[Tensor]) -> None:
+    """New tensors, assigned to .grad."""
+    for param, grad in zip(params, torch._foreach_mul(grads, 1.0), strict=True):
+        param.grad = grad
+
+
+# --- correctness ---------------------------------------------------------------------------------------------------
+
+sys.path.append(str(harness.ROOT / "tests"))
+try:
+    from reference import assert_same_bits
+except ImportError:  # it needs ml_dtypes
+
+    def assert_same_bits(actual: Tensor, expected: Tensor, message: str = "") -> None:
+        a, e = actual.detach().cpu(), expected.detach().cpu()
+        assert a.dtype == e.dtype and a.shape == e.shape, f"{message}: {a.dtype} {a.shape}, not {e.dtype} {e.shape}"
+        bits = torch.int16 if a.element_size() == 2 else torch.int32
+        wrong = int((a.flatten().view(bits) != e.flatten().view(bits)).sum())
+        assert not wrong, f"{message}: {wrong} of {a.numel()} differ"
+
+
+# Of a rival: relative to the value or to the tensor's mean magnitude, whichever is more. 16-bit rivals round every
+# operation, we round what is stored. The learning rate of a check is large, so that what an update adds shows.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+CHECK_LR = {torch.float32: 1e-2, torch.bfloat16: 0.1}
+
+
+def assert_close(actual: Tensor, expected: Tensor, message: str) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{message}: another dtype or shape"
+    a, e = actual.detach().to(expected.device).float(), expected.detach().float()
+    allowed = tolerance * torch.maximum(e.abs(), e.abs().mean())
+    excess = (a - e).abs() / allowed
+    assert bool((excess <= 1).all()), f"{message}: off by {float(excess.max()):.3g} x the tolerance, {tolerance:g}"
+
+
+def trained(
+    kind: str, values: list[Tensor], grads: list[list[Tensor]], device: str, renew: Renew, **options: Any
+) -> tuple[list[Parameter], Optimizer]:
+    """Parameters of these values, and their optimizer, after a step with each of the lists of gradients."""
+    params = [Parameter(value.to(device, copy=True)) for value in values]
+    sources = [grad.to(device, copy=True) for grad in grads[0]]
+    for param, source in zip(params, sources, strict=True):
+        param.grad = source
+    optimizer = make_optimizer(kind, params, **options)
+    for step_grads in grads:
+        for source, grad in zip(sources, step_grads, strict=True):
+            source.copy_(grad)
+        renew(params, sources)
+        optimizer.step()
+    return params, optimizer
+
+
+def check(
+    shapes: Sequence[Shape],
+    kinds: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    renew: Renew = kept,
+    steps: int = 3,
+    **options: Any,
+) -> tuple[list[str], list[Row]]:
+    """The kinds whose steps on the device are right, and a note about each other one.
+
+    Raises AssertionError if fusedopt itself is wrong.
+    """
+    g = torch.Generator().manual_seed(1)
+    values = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+    first = [torch.randn(shape, generator=g) for shape in shapes]
+    grads = [[(grad * 0.75**step).to(dtype) for grad in first] for step in range(steps)]
+    options = {"lr": CHECK_LR[dtype], **options}
+    expected, reference = trained(OURS, values, grads, "cpu", renew, **options)
+
+    right: list[str] = []
+    notes: list[Row] = []
+    for kind in kinds:
+        same = assert_same_bits if kind in (OURS, CAPTURABLE) else assert_close
+        try:
+            actual, optimizer = trained(kind, values, grads, DEVICE, renew, **options)
+            for at, (param, twin) in enumerate(zip(actual, expected, strict=True)):
+                same(param, twin, f"{kind}: parameter {at}")
+                for name, value in reference.state[twin].items():
+                    same(optimizer.state[param][name], value, f"{kind}: {name} of parameter {at}")
+            right.append(kind)
+        except AssertionError as wrong:
+            if kind == OURS:
+                raise
+            notes.append(Row(f"{kind}, checked", note=f"{REFUSED}: {wrong}"))
+    return right, notes
+
+
+# --- timing --------------------------------------------------------------------------------------------------------
+
+Measure = Callable[[str, Contender], float]
+
+
+def take_turns(contenders: Mapping[str, Contender], measure: Measure, rounds: int, warmup: int = 2) -> Samples:
+    """As harness.interleave, with a measure of one's own, and every contender in every round of the warm-up."""
+    names = list(contenders)
+    samples: Samples = {name: {} for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for round_ in range(-warmup, rounds):
+            for at in range(len(names)):
+                name = names[(round_ + at) % len(names)]
+                if round_ >= 0 and round_ % contenders[name].every:
+                    continue
+                value = measure(name, contenders[name])
+                if round_ >= 0:
+                    samples[name][round_] = value
+    finally:
+        gc.enable()
+    return samples
+
+
+class Timer:
+    """The three measures of a step."""
+
+    def __init__(self) -> None:
+        self._other = torch.empty(2 * l2_size(), dtype=torch.uint8, device=DEVICE)
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._leads: dict[str, float] = {}  # by contender: seconds by which the host is ahead of the device
+        self._waited: Counter[str] = Counter()
+        self._taken: Counter[str] = Counter()
+        cycles = 10_000_000
+        for _ in range(3):  # the last counts: by then the clock is up
+            self._begin.record()
+            torch.cuda._sleep(cycles)
+            self._end.record()
+            torch.cuda.synchronize()
+        self._cycles_per_second = cycles / (self._begin.elapsed_time(self._end) / 1e3)
+
+    def host(self, name: str, contender: Contender) -> float:
+        contender.prepare()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        contender.run()
+        return time.perf_counter() - start
+
+    def wall(self, name: str, contender: Contender) -> float:
+        contender.prepare()
+        self._other.fill_(1)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        contender.run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def device(self, name: str, contender: Contender) -> float:
+        if name not in self._leads:
+            self.host(name, contender)
+            self._leads[name] = min(3 * self.host(name, contender) + 0.3e-3, 0.15)
+        contender.prepare()
+        torch.cuda.synchronize()
+        self._other.fill_(1)
+        torch.cuda._sleep(int(self._leads[name] * self._cycles_per_second))
+        self._begin.record()
+        contender.run()
+        self._end.record()
+        self._waited[name] += self._begin.query()  # already begun: the device may have waited for the host
+        self._taken[name] += 1
+        torch.cuda.synchronize()
+        return self._begin.elapsed_time(self._end) / 1e3
+
+    def waits(self, title: str) -> Iterator[Row]:
+        """A note about each contender whose device times may hold waits for the host."""
+        for name, count in self._waited.items():
+            if count:
+                note = f"the device was not kept busy in {count} of {self._taken[name]} steps: may hold waits"
+                yield Row(f"{title}{name}, device time", note=note)
+        self._waited.clear()
+        self._taken.clear()
+
+
+def l2_size() -> int:
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * MI
+
+
+class Copy:
+    """torch's copy from device to device, the yardstick of bandwidth: bytes read and bytes written, both counted."""
+
+    def __init__(self, size: int = 2 * KI * MI) -> None:
+        self._from = torch.ones(size, dtype=torch.uint8, device=DEVICE)
+        self._to = torch.empty_like(self._from)
+        self.bytes_moved = 2 * size
+
+    def contender(self) -> Contender:
+        return Contender(lambda: self._to.copy_(self._from))
+
+    def rates(self, samples: Samples) -> dict[int, float]:
+        return {round_: self.bytes_moved / value for round_, value in samples[COPY].items()}
+
+
+def step_bytes(params: list[Parameter], optimizer: Optimizer) -> int:
+    """What a step must move: parameters and state are read and written, gradients read."""
+    states = sum(name != "step" for name in optimizer.state[params[0]])
+    return sum(param.numel() * param.element_size() for param in params) * (2 * (1 + states) + 1)
+
+
+def compare(title: str, samples: Samples, top: str, bottom: str, target: Target | None = None) -> Iterator[Row]:
+    """harness.ratio_row, if both took part."""
+    if samples.get(top) and samples.get(bottom):
+        few = min(len(samples[top]), len(samples[bottom]))
+        most = max(len(found) for found in samples.values())
+        yield ratio_row(title if few == most else f"{title} ({few} rounds)", samples, top, bottom, target)
+
+
+def against_copy(
+    title: str, samples: Samples, copy: Copy, size: int, names: Sequence[str], target: Target | None = None
+) -> Iterator[Row]:
+    """What part of the copy's bandwidth steps achieve that must move so many bytes; the target is fusedopt's."""
+    rates = copy.rates(samples)
+    samples[FLOOR] = {round_: size / rate for round_, rate in rates.items()}
+    yield Row(f"{title}{COPY} (read + written)", Spread.of([rate / 1e9 for rate in rates.values()]), "GB/s")
+    for name in names:
+        yield from compare(f"{title}{name}: of copy", samples, FLOOR, name, target if name == OURS else None)
+
+
+def launches(name: str, contender: Contender) -> Row:
+    """What one step enqueues, by torch.profiler."""
+    contender.run()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            with torch.profiler.profile(activities=activities) as profile:
+                contender.run()
+                torch.cuda.synchronize()
+            path = Path(folder) / "trace.json"
+            profile.export_chrome_trace(str(path))
+            count = Counter(event.get("cat") for event in json.loads(path.read_text())["traceEvents"])
+    except Exception as error:
+        return Row(f"kernels of {name}", note=f"skipped: the profiler failed: {error}")
+    if not count["kernel"]:
+        return Row(f"kernels of {name}", note="skipped: the profiler saw none")
+    note = f"{count['kernel']} kernels, {count['gpu_memcpy']} copies, {count['gpu_memset']} memsets"
+    return Row(f"kernels of {name}", Spread.of([count["kernel"]]), "", note=note)
+
+
+# --- the patterns --------------------------------------------------------------------------------------------------
+
+LLAMA_SCALE = 0.385  # of the dimensions: 998 million elements
+
+
+def llama_shapes(scale: float) -> list[Shape]:
+    """The 291 tensors of Llama-2-7B, their dimensions scaled and rounded to a multiple of 8."""
+    model, hidden, vocabulary = (8 * round(dim * scale / 8) for dim in (4096, 11008, 32000))
+    attention: list[Shape] = [(model, model)] * 4
+    layer = [*attention, (hidden, model), (hidden, model), (model, hidden), (model,), (model,)]
+    return [(vocabulary, model), *layer * 32, (model,), (vocabulary, model)]
+
+
+def gpt2_shapes(model: int = 768, vocabulary: int = 50257, context: int = 1024) -> list[Shape]:
+    """The 148 tensors of GPT-2, 124M elements unless scaled down."""
+    norm: list[Shape] = [(model,), (model,)]
+
+    def linear(inputs: int, outputs: int) -> list[Shape]:
+        return [(inputs, outputs), (outputs,)]
+
+    attention = [*norm, *linear(model, 3 * model), *linear(model, model)]
+    layer = [*attention, *norm, *linear(model, 4 * model), *linear(4 * model, model)]
+    return [(vocabulary, model), (context, model), *layer * 12, *norm]
+
+
+Pattern = tuple[list[Shape], list[Shape]]  # as it is, and small
+
+
+def llama() -> Pattern:
+    return llama_shapes(LLAMA_SCALE), llama_shapes(1 / 64)
+
+
+def gpt2() -> Pattern:
+    return gpt2_shapes(), gpt2_shapes(48, 503, 64)
+
+
+def rounds_for(quick: Quick) -> int:
+    return 20 if quick else 30
+
+
+# --- the benchmarks ------------------------------------------------------------------------------------------------
+
+
+def model(pattern: Pattern, dtype: torch.dtype, quick: Quick, **options: Any) -> Iterator[Row]:
+    """Device times of a model's step: of the copy's bandwidth, and of the rivals."""
+    shapes, small = pattern
+    rivals = [CAPTURABLE, FUSED] if quick else [CAPTURABLE, FUSED, FOREACH, LOOP]
+    kinds, notes = check(small, [OURS, *rivals], dtype, **options)
+    yield from notes
+    params = make_parameters(shapes, dtype)
+    optimizers = make_optimizers(params, kinds, **options)
+    copy, timer = Copy(), Timer()
+    contenders = {name: Contender(optimizer.step) for name, optimizer in optimizers.items()}
+    samples = take_turns({**contenders, COPY: copy.contender()}, timer.device, rounds_for(quick))
+    size = step_bytes(params, optimizers[OURS])
+    yield from against_copy("", samples, copy, size, [OURS, CAPTURABLE, FUSED], at_least(0.93))
+    yield from compare("of torch fused's time", samples, OURS, FUSED, at_most(1.0))
+    for name in (FOREACH, LOOP):
+        yield from compare(f"faster than {name}", samples, name, OURS)
+    yield from timer.waits("")
+
+
+def llama_float32(quick: Quick) -> Iterator[Row]:
+    """A billion float32 elements in the shapes of Llama-2-7B."""
+    yield from model(llama(), torch.float32, quick)
+
+
+def llama_bfloat16(quick: Quick) -> Iterator[Row]:
+    """The same in bfloat16, state too."""
+    yield from model(llama(), torch.bfloat16, quick)
+
+
+def llama_amsgrad(quick: Quick) -> Iterator[Row]:
+    """The same in float32 with AMSGrad."""
+    yield from model(llama(), torch.float32, quick, amsgrad=True)
+
+
+def gpt2_float32(quick: Quick) -> Iterator[Row]:
+    """GPT-2's tensors: all three times, and the kernels of a step."""
+    shapes, small = gpt2()
+    kinds, notes = check(small, [OURS, CAPTURABLE, FUSED, FOREACH, LOOP])
+    yield from notes
+    params = make_parameters(shapes)
+    optimizers = make_optimizers(params, kinds)
+    copy, timer = Copy(), Timer()
+    contenders = {name: Contender(optimizer.step) for name, optimizer in optimizers.items()}
+    samples = take_turns({**contenders, COPY: copy.contender()}, timer.device, rounds_for(quick))
+    size = step_bytes(params, optimizers[OURS])
+    yield from against_copy("", samples, copy, size, [OURS, CAPTURABLE, FUSED])
+    yield from compare("device: of torch fused's time", samples, OURS, FUSED)
+    for name in (FOREACH, LOOP):
+        yield from compare(f"device: faster than {name}", samples, name, OURS)
+    yield from timer.waits("")
+    for title, measure in (("wall", timer.wall), ("host", timer.host)):
+        samples = take_turns(contenders, measure, rounds_for(quick))
+        for name in list(contenders)[1:]:
+            yield from compare(f"{title}: faster than {name}", samples, name, OURS)
+    for name, contender in contenders.items():
+        yield launches(name, contender)
+
+
+def small1000(quick: Quick) -> Iterator[Row]:
+    """10,000 tensors of 1,000 elements."""
+    for renew in (kept, assigned):
+        shapes: list[Shape] = [(1000,)] * 10_000
+        wanted = [OURS, FUSED] if quick or renew is assigned else [OURS, CAPTURABLE, FUSED, FOREACH, LOOP]
+        kinds, notes = check(shapes[:1000], wanted, renew=renew)
+        yield from notes
+        params = make_parameters(shapes)
+        optimizers = make_optimizers(params, kinds)
+        contenders = renewing(optimizers, params, renew)
+        copy, timer, title = Copy(), Timer(), f"{renew.__name__}: "
+        samples = take_turns(contenders, timer.wall, rounds_for(quick))
+        target = at_least(5) if renew is kept else None
+        yield from compare(f"{title}wall: faster than {FUSED}", samples, FUSED, OURS, target)
+        for name in (CAPTURABLE, FOREACH, LOOP):
+            yield from compare(f"{title}wall: faster than {name}", samples, name, OURS)
+        with_copy = {name: contender for name, contender in contenders.items() if name != LOOP}
+        with_copy[COPY] = copy.contender()
+        samples = take_turns(with_copy, timer.device, rounds_for(quick))
+        yield from compare(f"{title}device: faster than {FUSED}", samples, FUSED, OURS)
+        size = step_bytes(params, optimizers[OURS])
+        yield from against_copy(title, samples, copy, size, [OURS, CAPTURABLE, FUSED])
+        yield from timer.waits(title)
+    yield Row(COMPILED, note="skipped: not tried on so many tensors")
+
+
+def renewing(optimizers: Mapping[str, Optimizer], params: list[Parameter], renew: Renew) -> dict[str, Contender]:
+    """A contender of each, whose gradients are renewed before each step; the slow ones rarely take part."""
+    sources = [param.grad for param in params if param.grad is not None]
+    every = {LOOP: 10 if len(params) > 2000 else 2}
+    return {
+        name: Contender(optimizer.step, lambda: renew(params, sources), every=every.get(name, 1))
+        for name, optimizer in optimizers.items()
+    }
+
+
+def host(quick: Quick) -> Iterator[Row]:
+    """step() as the host sees it, for tensors of 10 elements."""
+    timer = Timer()
+    for count in (291, 1000, 10_000):
+        for renew in (kept, assigned):
+            shapes: list[Shape] = [(10,)] * count
+            rivals = [FUSED] if quick or renew is assigned else [CAPTURABLE, FUSED, FOREACH, LOOP]
+            kinds, notes = check(shapes[:1000], [OURS, *rivals], renew=renew)
+            yield from notes
+            params = make_parameters(shapes)
+            contenders = renewing(make_optimizers(params, kinds), params, renew)
+            samples = take_turns(contenders, timer.host, rounds_for(quick))
+            title = f"{count:,} {renew.__name__}: of {{}}'s time"
+            for name in rivals:
+                target = at_most(0.1) if name == FUSED else None
+                yield from compare(title.format(name), samples, OURS, name, target)
+    yield Row(COMPILED, note="skipped: not tried on so many tensors")
+
+
+# --- those that need parameters of their own -----------------------------------------------------------------------
+
+Maker = Callable[[list[Parameter], dict[str, Any]], tuple[Optimizer, Callable[[], object]]]
+COMPILE_LIMIT = 60.0
+
+
+def outsider(
+    name: str, make: Maker, shapes: list[Shape], dtype: torch.dtype, quick: Quick, state_too: bool, **options: Any
+) -> Iterator[Row]:
+    """A rival with parameters, gradients and state of its own, against fusedopt.
+
+    It is checked against fusedopt, whose own check is another benchmark's, on these very parameters: compiling it for
+    a small case would take as long again.
+    """
+    params, twins = make_parameters(shapes, dtype), make_parameters(shapes, dtype)
+    ours = make_optimizer(OURS, params, **options)
+    try:
+        theirs, step = make(twins, options)
+        theirs.step()  # makes the state
+        start = time.monotonic()
+        step()
+        torch.cuda.synchronize()
+        took = time.monotonic() - start
+        if name == COMPILED:
+            yield Row(f"{name}: its first step, once", Spread.of([took]), "s")
+        if took > COMPILE_LIMIT:
+            raise Skipped(f"{name}: the first step took {took:.0f} s")
+        for _ in range(2):
+            step()
+    except Skipped:
+        raise
+    except Exception as error:
+        raise Skipped(f"{name} failed: {first_line(error)}") from error
+    for _ in range(4):
+        ours.step()
+    for at, (param, twin) in enumerate(zip(params, twins, strict=True)):
+        assert_close(twin, param, f"{name}: parameter {at}")
+        for key in ours.state[param] if state_too else ():
+            if key != "step":
+                assert_close(theirs.state[twin][key], ours.state[param][key], f"{name}: {key} of parameter {at}")
+
+    copy, timer = Copy(), Timer()
+    contenders = {OURS: Contender(ours.step), name: Contender(step)}
+    samples = take_turns({**contenders, COPY: copy.contender()}, timer.device, rounds_for(quick))
+    yield from compare(f"device: faster than {name}", samples, name, OURS)
+    samples[FLOOR] = {round_: step_bytes(params, ours) / rate for round_, rate in copy.rates(samples).items()}
+    yield from compare(f"{name}: of copy", samples, FLOOR, name)
+    yield from timer.waits("")
+    samples = take_turns(contenders, timer.host, rounds_for(quick))
+    yield from compare(f"host: faster than {name}", samples, name, OURS)
+    yield launches(name, contenders[name])
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def others(quick: Quick) -> Iterator[Row]:
+    """Other libraries, where they are installed: float32, doing the same work as Adam."""
+
+    def optimi(params: list[Parameter], options: dict[str, Any]) -> tuple[Optimizer, Callable[[], object]]:
+        library = importlib.import_module("optimi")
+        made = library.Adam(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, **options)
+        return made, made.step
+
+    def flashoptim(params: list[Parameter], options: dict[str, Any]) -> tuple[Optimizer, Callable[[], object]]:
+        library = importlib.import_module("flashoptim")
+        made = library.FlashAdam(params, lr=1e-3, quantize=False, master_weight_bits=None, **options)
+        return made, made.step
+
+    for make in (optimi, flashoptim):
+        name = make.__name__
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever an import may raise
+            yield Row(name, note=f"skipped: not importable: {first_line(error)}")
+            continue
+        for pattern in (gpt2(), llama()):
+            title = f"{len(pattern[0])} tensors, {name}"
+            try:
+                for row in outsider(name, make, pattern[0], torch.float32, quick, state_too=False):
+                    row.name = f"{len(pattern[0])} tensors, {row.name}"
+                    yield row
+            except Skipped as reason:
+                yield Row(title, note=f"skipped: {reason}")
+            except AssertionError as wrong:
+                yield Row(title, note=f"{REFUSED}: {wrong}")
+            torch.cuda.empty_cache()
+
+
+def compiled(shapes: list[Shape], dtype: torch.dtype, quick: Quick, **options: Any) -> Iterator[Row]:
+    if quick:
+        raise Skipped("not in a quick run")
+
+    def make(params: list[Parameter], options: dict[str, Any]) -> tuple[Optimizer, Callable[[], object]]:
+        optimizer = make_optimizer(COMPILED, params, **options)
+
+        def step() -> None:
+            optimizer.step()
+
+        return optimizer, torch.compile(step, fullgraph=False)
+
+    yield from outsider(COMPILED, make, shapes, dtype, quick, state_too=True, **options)
+
+
+def compiled_gpt2(quick: Quick) -> Iterator[Row]:
+    """torch.compile of torch's foreach step: GPT-2."""
+    yield from compiled(gpt2()[0], torch.float32, quick)
+
+
+def compiled_llama(quick: Quick) -> Iterator[Row]:
+    """torch.compile of torch's foreach step: the shapes of Llama-2-7B."""
+    yield from compiled(llama()[0], torch.float32, quick)
+
+
+def compiled_bfloat16(quick: Quick) -> Iterator[Row]:
+    """The same in bfloat16."""
+    yield from compiled(llama()[0], torch.bfloat16, quick)
+
+
+def compiled_amsgrad(quick: Quick) -> Iterator[Row]:
+    """The same in float32 with AMSGrad."""
+    yield from compiled(llama()[0], torch.float32, quick, amsgrad=True)
+
+
+BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {
+    "llama": llama_float32,
+    "bf16": llama_bfloat16,
+    "gpt2": gpt2_float32,
+    "small": small1000,
+    "host": host,
+    "amsgrad": llama_amsgrad,
+    "others": others,
+    "comp-gpt2": compiled_gpt2,
+    "comp-llama": compiled_llama,
+    "comp-bf16": compiled_bfloat16,
+    "comp-ams": compiled_amsgrad,
+}
+
+
+# --- running them --------------------------------------------------------------------------------------------------
+
+
+def work(name: str, quick: Quick, rows: Connection) -> None:
+    """A benchmark's own process: sends its rows as they come."""
+    try:
+        for row in BENCHMARKS[name](quick):
+            rows.send(row)
+    except Skipped as reason:
+        rows.send(Row("", note=f"skipped: {reason}"))
+    except AssertionError as wrong:
+        rows.send(Row("", note=f"{REFUSED}: {wrong}"))
+    except Exception as error:
+        traceback.print_exc()
+        rows.send(Row("", note=f"FAILED: {first_line(error)}"))
+    rows.close()
+
+
+def run(name: str, quick: Quick, limit: float) -> list[Row]:
+    """Run one benchmark, printing its rows as they come, and end it if it takes too long."""
+    found: list[Row] = []
+
+    def add(row: Row) -> None:
+        found.append(row)
+        harness.print_rows(name, [row])
+
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(name, quick, sender))
+    stop = time.monotonic() + limit
+    process.start()
+    sender.close()
+    try:
+        while receiver.poll(max(0.0, stop - time.monotonic())):
+            add(receiver.recv())
+        add(Row("", note=f"{'skipped' if name.startswith('comp-') else 'FAILED'}: ended after {limit:g} s"))
+    except EOFError:  # it is through
+        process.join(30)
+        if process.exitcode != 0:
+            add(Row("", note=f"FAILED: the process ended with {process.exitcode}"))
+    finally:
+        if process.is_alive():
+            process.kill()
+        process.join()
+    return found
+
+
+def limit_of(name: str) -> float:
+    """Seconds for a benchmark, its process's start included."""
+    return COMPILE_LIMIT + 25 if name.startswith("comp-") else 150.0
+
+
+def driver_version() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def machine() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_properties(0)
+    facts = harness.machine()
+    return facts | {
+        "gpu": gpu.name,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "multiprocessors": gpu.multi_processor_count,
+        "l2_bytes": l2_size(),
+        "gpu_memory_gib": round(gpu.total_memory / 2**30, 1),
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "fusedopt_cuda": _C.build_info()["cuda"],
+        "commit": facts["commit"] or os.environ.get("COMMIT"),
+    }
+
+
+def why_not() -> str | None:
+    """Why nothing can be measured here."""
+    if not torch.cuda.is_available():
+        return "no CUDA device: not yet run on a GPU"
+    reason = _C.why_no_cuda() if hasattr(_C, "why_no_cuda") else "this build has no CUDA kernels"
+    return f"fusedopt cannot step on this GPU: {reason}" if reason else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="20 rounds, fewer rivals, no torch.compile")
+    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="this benchmark (may be repeated)")
+    parser.add_argument("--json", type=Path, help="where to write the results (default: results/, a full run only)")
+    args = parser.parse_args()
+    if reason := why_not():
+        sys.exit(reason)
+
+    facts = machine()
+    print(f"{facts['gpu']}, {facts['multiprocessors']} multiprocessors, {facts['l2_bytes'] / MI:g} MiB of L2; ", end="")
+    print(f"driver {facts['driver']}, torch {facts['torch']}, CUDA {facts['cuda']}; ", end="")
+    print(f"fusedopt {facts['fusedopt']}, commit {facts['commit']}\n")
+    harness.print_header()
+    path = args.json
+    if path is None and not args.quick and not args.only:
+        slug = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
+        path = harness.ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
+    results: dict[str, list[Row]] = {}
+    took: dict[str, float] = {}
+    for name in args.only or BENCHMARKS:
+        start = time.monotonic()
+        results[name] = run(name, args.quick, limit_of(name))
+        took[name] = round(time.monotonic() - start, 1)
+        if path:  # now: what comes next may be ended from outside
+            harness.write_json(path, facts | {"seconds_by_benchmark": took}, results)
+
+    rows = [row for found in results.values() for row in found]
+    verdicts = [row.verdict for row in rows]
+    bad = [name for name, found in results.items() if any(row.note.startswith((REFUSED, "FAILED")) for row in found)]
+    print(f"\n{verdicts.count('meets')} targets met, {verdicts.count('MISSES')} missed; {sum(took.values()):.0f} s")
+    print("seconds: " + ", ".join(f"{name} {value:g}" for name, value in took.items()))
+    if path:
+        print(f"written: {path}")
+    if bad:
+        sys.exit(f"wrong or failed in: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()
