@@ -4,9 +4,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu*)
 
-.PHONY: test train bench lint asan faults format clean
+.PHONY: test train bench lint asan faults sass format clean
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2
@@ -22,12 +22,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu*' 'tests/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu*' 'tests/*.cpp' | xargs $(BIN)/clang-format -i
 
 # The whole suite with the native core under AddressSanitizer and UndefinedBehaviorSanitizer.
 asan: $(VENV)/.test
@@ -36,6 +36,11 @@ asan: $(VENV)/.test
 # Every deliberate fault under tests/faults must turn its test red.
 faults: $(VENV)/.test
 	$(BIN)/python tests/faults/run.py
+
+# The CUDA kernels' machine code, for all architectures: needs nvcc, but no GPU.
+sass: $(VENV)/.torch
+	$(BIN)/python -m pip install -q 'nvidia-cuda-nvdisasm>=13,<14'
+	$(BIN)/python tests/check_sass.py
 
 clean:
 	rm -rf build fusedopt/_C*.so *.egg-info

@@ -676,7 +676,7 @@ def run(name: str, quick: Quick, limit: float) -> list[Row]:
     try:
         while receiver.poll(max(0.0, stop - time.monotonic())):
             add(receiver.recv())
-        add(Row("", note=f"{'skipped' if name.startswith('comp-') else 'FAILED'}: ended after {limit:g} s"))
+        add(Row("", note=f"{'skipped' if name.startswith('comp-') else 'FAILED'}: ended after {limit:.0f} s"))
     except EOFError:  # it is through
         process.join(30)
         if process.exitcode != 0:
@@ -731,6 +731,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 rounds, fewer rivals, no torch.compile")
     parser.add_argument("--only", action="append", choices=BENCHMARKS, help="this benchmark (may be repeated)")
     parser.add_argument("--json", type=Path, help="where to write the results (default: results/, a full run only)")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after this time, and end it by then")
     args = parser.parse_args()
     if reason := why_not():
         sys.exit(reason)
@@ -746,9 +747,15 @@ def main() -> None:
         path = harness.ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
     results: dict[str, list[Row]] = {}
     took: dict[str, float] = {}
+    begin = time.monotonic()
     for name in args.only or BENCHMARKS:
         start = time.monotonic()
-        results[name] = run(name, args.quick, limit_of(name))
+        left = args.seconds - (start - begin)
+        if left < 20:
+            results[name] = [Row("", note=f"skipped: {args.seconds:g} s are over")]
+            harness.print_rows(name, results[name])
+        else:
+            results[name] = run(name, args.quick, min(limit_of(name), left))
         took[name] = round(time.monotonic() - start, 1)
         if path:  # now: what comes next may be ended from outside
             harness.write_json(path, facts | {"seconds_by_benchmark": took}, results)

@@ -25,8 +25,8 @@ class FusedOptimizer(Optimizer):
     _rule: str
 
     # GradScaler hands its scale and its verdict to the step (`grad_scale`, `found_inf`) instead of unscaling first.
-    # Torch's own path, taken when differentiable, cannot honour them; nor can a step that counts on the CPU know a verdict
-    # that lies on a GPU without waiting for it. Then GradScaler unscales and waits itself, as it does for torch's loop.
+    # Torch's own path, taken when differentiable, cannot honour them; nor can a step that counts on the CPU know a
+    # verdict that lies on a GPU without waiting for it. Then GradScaler unscales and waits itself, as for torch's loop.
     @property
     def _step_supports_amp_scaling(self) -> bool:
         return not self._any_differentiable() and all(

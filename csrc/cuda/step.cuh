@@ -58,7 +58,8 @@ struct Update {
   // several times what must be in flight to use all of the memory's bandwidth.
   static constexpr int kWidth = sizeof(Vector) / sizeof(S);
 
-  FUSEDOPT_DEVICE static void vectors(const Scalars& s, std::byte* const* data, int64_t begin, int64_t end, int thread) {
+  FUSEDOPT_DEVICE static void vectors(const Scalars& s, std::byte* const* data, int64_t begin, int64_t end,
+                                      int thread) {
     // No more than four elements are worked on at once: more would need too many registers.
     using Lane = portable::Lane<T, (kWidth < 4 ? kWidth : 4)>;
     for (int64_t i = begin + thread * kWidth; i < end; i += kThreads * kWidth) {
@@ -168,8 +169,8 @@ FUSEDOPT_DEVICE double inv_scale(const Args<Rule, T>& args) {
 
 // The scalars of a group at a step count, which the host would otherwise compute. Not inlined: it is seldom run.
 template <class Rule, class T>
-FUSEDOPT_DEVICE_CALL typename Rule::template Scalars<T> device_scalars(const Args<Rule, T>& args,
-                                                                       const Group<Rule>* at, double step) {
+FUSEDOPT_DEVICE_CALL typename Rule::template Scalars<T> device_scalars(const Args<Rule, T>& args, const Group<Rule>* at,
+                                                                       double step) {
   const Group<Rule>& group = *global(at);
   typename Rule::Options options = group.options;
   for (int i = 0; i < group.num_numbers; ++i) {
@@ -185,9 +186,9 @@ FUSEDOPT_DEVICE_CALL typename Rule::template Scalars<T> device_scalars(const Arg
   }
   const double lr = group.lr_at ? number_at(group.lr_at, group.lr_dtype) : group.lr;
   const bool unscale = args.at.grad_scale != nullptr;
-  return group.lr_is_tensor ? Rule::template scalars<T>(options, TensorLr{lr, group.lr_dtype}, corrections, unscale,
-                                                        inv_scale(args))
-                            : Rule::template scalars<T>(options, lr, corrections, unscale, inv_scale(args));
+  return group.lr_is_tensor
+             ? Rule::template scalars<T>(options, TensorLr{lr, group.lr_dtype}, corrections, unscale, inv_scale(args))
+             : Rule::template scalars<T>(options, lr, corrections, unscale, inv_scale(args));
 }
 
 template <class Rule, class S, class T, int variant = 0>
