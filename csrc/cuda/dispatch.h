@@ -21,8 +21,9 @@ void dispatch_dtype(DType dtype, A... args) {
 template <template <class, class, class, bool> class F, class... R, class... A>
 void dispatch(RuleList<R...>, int rule, DType dtype, bool on_device, A... args) {
   int id = 0;
-  ((id++ == rule ? (on_device ? dispatch_dtype<F, R, true>(dtype, args...) : dispatch_dtype<F, R, false>(dtype, args...))
-                 : void()),
+  ((id++ == rule
+        ? (on_device ? dispatch_dtype<F, R, true>(dtype, args...) : dispatch_dtype<F, R, false>(dtype, args...))
+        : void()),
    ...);
 }
 

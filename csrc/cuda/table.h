@@ -10,10 +10,10 @@
 namespace fusedopt {
 namespace cuda {
 
-constexpr int kThreads = 256;        // of a block
-constexpr int64_t kChunk = 4096;     // elements that a block takes at a time, all of one row
-constexpr int kInlineScalars = 32;   // sets of scalars that travel with the launch itself
-constexpr int kMaxNumbers = 4;       // options of a group that may be tensors on the device
+constexpr int kThreads = 256;       // of a block
+constexpr int64_t kChunk = 4096;    // elements that a block takes at a time, all of one row
+constexpr int kInlineScalars = 32;  // sets of scalars that travel with the launch itself
+constexpr int kMaxNumbers = 4;      // options of a group that may be tensors on the device
 
 // A row of the table. Its gradient's address lies in a list of its own, which changes more often.
 struct Row {
@@ -57,7 +57,8 @@ struct Where {
   int64_t num_rows, num_chunks;
   const void* groups;        // Group<Rule>[], null if all step counts are the host's
   const void* more_scalars;  // Scalars[], null if those that travel with the launch are all
-  // What GradScaler left, null if nothing: a step with *found_inf != 0 changes nothing; gradients are divided by *scale.
+  // What GradScaler left, null if nothing: a step with *found_inf != 0 changes nothing; gradients are divided by
+  // *scale.
   const float* found_inf;
   const float* grad_scale;
   unsigned* blocks_done;  // zero between launches

@@ -1,5 +1,5 @@
-// The portable target and CUDA's: arrays of a fixed size and plain loops, which compilers turn into whatever vectors the
-// machine has, or unroll.
+// The portable target and CUDA's: arrays of a fixed size and plain loops, which compilers turn into whatever vectors
+// the machine has, or unroll.
 #pragma once
 
 #include <cmath>
@@ -12,12 +12,12 @@ namespace portable {
 
 // One IEEE operation each: the compiler's own on a processor (built with -ffp-contract=off), named ones on a GPU.
 #ifdef __CUDA_ARCH__
-#define FUSEDOPT_OP(name, host, f32, f64)                                          \
-  FUSEDOPT_HD inline float name(float a, float b) { return f32(a, b); }            \
+#define FUSEDOPT_OP(name, host, f32, f64)                               \
+  FUSEDOPT_HD inline float name(float a, float b) { return f32(a, b); } \
   FUSEDOPT_HD inline double name(double a, double b) { return f64(a, b); }
 #else
-#define FUSEDOPT_OP(name, host, f32, f64)                                          \
-  FUSEDOPT_HD inline float name(float a, float b) { return a host b; }             \
+#define FUSEDOPT_OP(name, host, f32, f64)                              \
+  FUSEDOPT_HD inline float name(float a, float b) { return a host b; } \
   FUSEDOPT_HD inline double name(double a, double b) { return a host b; }
 #endif
 FUSEDOPT_OP(add_one, +, __fadd_rn, __dadd_rn)
@@ -126,9 +126,7 @@ struct Lane {
     });
   }
   FUSEDOPT_HD friend Lane flush_subnormal(Lane a) {
-    return each([&](int k) {
-      return std::fabs(a.v[k]) < kSmallest ? std::copysign(T(0), a.v[k]) : a.v[k];
-    });
+    return each([&](int k) { return std::fabs(a.v[k]) < kSmallest ? std::copysign(T(0), a.v[k]) : a.v[k]; });
   }
 };
 

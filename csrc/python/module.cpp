@@ -86,7 +86,8 @@ PYBIND11_MODULE(_C, m) {
       "Called once, at import.");
   m.def("build_info", &build_info);
   m.def("set_cpu_capability", &set_current_target, "False if this build or this processor does not have it.");
-  m.def("units_run", &units_run, "Units of work that each instruction set's own code has run, and launches of CUDA kernels.");
+  m.def("units_run", &units_run,
+        "Units of work that each instruction set's own code has run, and launches of CUDA kernels.");
   m.def("chunk_size", &chunk_size);
   m.def("set_chunk_size", &set_chunk_size, "For tests: elements in a unit of work.");
   m.def("why_no_cuda", &why_no_cuda);

@@ -267,8 +267,9 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   const auto must_match = [&](int stream, const std::string& what) {
     const TensorView &got = streams.view[stream], &param = streams.view[kParam];
     if (got.device != param.device) {
-      fail(who, what, "is on device '" + device_name(got.device) + "' but the parameter is on '" +
-                          device_name(param.device) + "'; move it there");
+      fail(who, what,
+           "is on device '" + device_name(got.device) + "' but the parameter is on '" + device_name(param.device) +
+               "'; move it there");
     }
     if (got.dtype != param.dtype || got.is_complex != param.is_complex) {
       fail(who, what,
@@ -319,8 +320,9 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   scan->held.keep(step_tensor);
   const int device = streams.view[kParam].device;
   if (step.device != kCpu && step.device != device) {
-    fail(who, "state 'step'", "is on device '" + device_name(step.device) + "' but the parameter is on '" +
-                                  device_name(device) + "'; move it there, or to the CPU");
+    fail(who, "state 'step'",
+         "is on device '" + device_name(step.device) + "' but the parameter is on '" + device_name(device) +
+             "'; move it there, or to the CPU");
   }
 
   const TensorRow before = row;
@@ -448,7 +450,8 @@ bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
     const int num_states = rule_->num_states(scan->variants[entry.group]);
     py::tuple names(num_states);
     for (int k = 0; k < num_states; ++k) names[k] = py::reinterpret_borrow<py::object>(state_names_[k]);
-    missing.append(py::make_tuple(py::handle(dirty.param), names, py::handle(PyList_GET_ITEM(scan->groups.ptr(), entry.group))));
+    missing.append(
+        py::make_tuple(py::handle(dirty.param), names, py::handle(PyList_GET_ITEM(scan->groups.ptr(), entry.group))));
     without_state.push_back(dirty.param);
   }
   if (without_state.empty()) return true;
@@ -545,8 +548,8 @@ cuda::Table& Stepper::table(int device, DType dtype) {
 
 cuda::StepInfo Stepper::step_info(int device, DType dtype, const Scan& scan) {
   const std::vector<std::byte>& groups = rule_->device_groups(device);
-  cuda::StepInfo info{rule_->id(), dtype, rule_->scalars_size(dtype), groups.data(), groups.size(), nullptr, nullptr,
-                      device,      current_stream(device)};
+  cuda::StepInfo info{rule_->id(), dtype,  rule_->scalars_size(dtype), groups.data(), groups.size(), nullptr,
+                      nullptr,     device, current_stream(device)};
   const auto there = [&](py::object tensor, const char* what) -> const float* {
     if (tensor.is_none()) return nullptr;
     TensorView view = read_scalar(tensor, optimizer_, what);
@@ -578,11 +581,13 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     if (!entry.active) continue;
     if (!entry.step_on_device) {
       if (amp_on_device)
-        fail(name(entry, *scan), "its step count", "is on the CPU, but GradScaler's tensors are on a device: make the "
-                                                   "optimizer with fused=True or capturable=True");
+        fail(name(entry, *scan), "its step count",
+             "is on the CPU, but GradScaler's tensors are on a device: make the "
+             "optimizer with fused=True or capturable=True");
       if (rule_->is_on_device(entry.group))
-        fail(name(entry, *scan), "its step count", "is on the CPU, but its group has an lr or beta on a device: make the "
-                                                   "optimizer with capturable=True, or give numbers or CPU tensors");
+        fail(name(entry, *scan), "its step count",
+             "is on the CPU, but its group has an lr or beta on a device: make the "
+             "optimizer with capturable=True, or give numbers or CPU tensors");
       const double step = entry.next_step_count();
       if (!last || last->group != entry.group || last->dtype != entry.dtype || last_step != step) {
         scalars = rule_->scalars(entry.group, step, entry.dtype);

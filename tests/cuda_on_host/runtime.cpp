@@ -18,8 +18,8 @@ using namespace fusedopt::cuda;
 // What happened, for tests.
 extern "C" int64_t fusedopt_launches = 0, fusedopt_copies = 0, fusedopt_bytes_copied = 0, fusedopt_copies_now = 0,
                    fusedopt_pinned = 0;
-extern "C" int64_t fusedopt_blocks = 3, fusedopt_capturing = 0, fusedopt_copies_pending = 0, fusedopt_fail_allocations = 0,
-                   fusedopt_first_block = 0;
+extern "C" int64_t fusedopt_blocks = 3, fusedopt_capturing = 0, fusedopt_copies_pending = 0,
+                   fusedopt_fail_allocations = 0, fusedopt_first_block = 0;
 
 namespace {
 
