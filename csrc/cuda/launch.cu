@@ -18,22 +18,9 @@ void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = before_ != device;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
+// Our copy of the runtime has a current device of its own. The caller has made it torch's current one, and puts that
+// back.
+void use(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
 // Lets this thread do, while a stream is being captured, what is no part of the graph.
 class OutsideCapture {
@@ -89,7 +76,7 @@ const char* why_not() {
 }
 
 void* allocate(int device, size_t bytes) {
-  const OnDevice on(device);
+  use(device);
   const OutsideCapture outside;
   void* memory = nullptr;
   check(cudaMalloc(&memory, bytes), "allocating the table");
@@ -104,7 +91,7 @@ void* allocate(int device, size_t bytes) {
 }
 
 void release(int device, void* memory) {
-  const OnDevice on(device);
+  use(device);
   const OutsideCapture outside;
   check(cudaFree(memory), "cudaFree");
 }
@@ -117,7 +104,7 @@ void* allocate_pinned(size_t bytes) {
 }
 
 void copy(int device, void* to, const void* from, size_t bytes, void* stream, void** event) {
-  const OnDevice on(device);
+  use(device);
   if (!*event) {
     cudaEvent_t made;
     check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "cudaEventCreate");
@@ -136,7 +123,7 @@ bool is_done(void* event) {
 }
 
 void copy_now(int device, void* to, const void* from, size_t bytes) {
-  const OnDevice on(device);
+  use(device);
   const OutsideCapture outside;
   cudaStream_t stream;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -173,7 +160,7 @@ struct Launch {
 };
 
 void launch(int rule, DType dtype, bool on_device, const void* args, int device, void* stream) {
-  const OnDevice on(device);
+  use(device);
   dispatch<Launch>(Rules{}, rule, dtype, on_device, args, device, stream);
 }
 

@@ -1,4 +1,5 @@
-// What the driver needs of CUDA: launch.cu has it of a GPU, tests/cuda_on_host of the host. All throw runtime_error.
+// What the driver needs of CUDA: launch.cu has it of a GPU, tests/cuda_on_host of the host. All throw runtime_error,
+// and all leave `device` the current one.
 #pragma once
 
 #include <cstddef>

@@ -41,8 +41,7 @@ struct ExchangeApi {
   void* to_object;
   // Fills `out` with pointers into the tensor: valid until control returns. 0, or -1 with a Python exception set.
   int (*from_object)(void* object, Tensor* out);
-  // The stream that torch would launch on now.
-  int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
+  void* current_stream;
 };
 
 }  // namespace dlpack

@@ -182,7 +182,12 @@ Stepper::Stepper(const std::string& rule, std::string optimizer)
   for (int k = 0; k < rule_->max_states(); ++k) state_names_[k] = PyUnicode_InternFromString(rule_->state_name(k));
 }
 
-Stepper::~Stepper() = default;
+Stepper::~Stepper() {
+  for (auto& known : tables_) {
+    const TorchDevice current(known->device);
+    known.reset();
+  }
+}
 
 ParamName Stepper::name(const Entry& entry, const Scan& scan) const {
   return {optimizer_.c_str(), entry.group, entry.index, PyList_GET_ITEM(scan.groups.ptr(), entry.group)};
@@ -608,7 +613,9 @@ int64_t Stepper::prepare_rows(Scan* scan) {
                      entry.step_is_double, entry.step_on_device ? entry.step : nullptr});
   }
   for (const auto& known : tables_) {
-    if (!known->table.empty()) known->table.prepare(step_info(known->device, known->dtype, *scan), scan->refreshed);
+    if (known->table.empty()) continue;
+    const TorchDevice current(known->device);
+    known->table.prepare(step_info(known->device, known->dtype, *scan), scan->refreshed);
   }
   return cost;
 }
@@ -618,7 +625,10 @@ void Stepper::update_captured(py::list param_groups) {
   Scan scan;
   scan.groups = std::move(param_groups);
   read_groups(&scan);
-  for (const auto& known : tables_) known->table.update_captured(step_info(known->device, known->dtype, scan));
+  for (const auto& known : tables_) {
+    const TorchDevice current(known->device);
+    known->table.update_captured(step_info(known->device, known->dtype, scan));
+  }
 }
 
 int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
@@ -691,7 +701,9 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
   }
   last_cost_ = cost;
   for (const auto& known : tables_) {
-    if (!known->table.empty()) known->table.launch();
+    if (known->table.empty()) continue;
+    const TorchDevice current(known->device);
+    known->table.launch();
   }
   const auto run = [&] { run_rows(rows_.data(), static_cast<int64_t>(rows_.size()), cost, max_threads); };
   if (scan.hold) {

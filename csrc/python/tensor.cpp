@@ -101,13 +101,28 @@ static Pretend pretend = Pretend::kNothing;
 void pretend_cuda(Pretend what) { pretend = what; }
 
 void* current_stream(int device) {
-  void* stream = nullptr;
-  if (pretend != Pretend::kNothing) return stream;
-  if (!api->current_stream || api->current_stream(dlpack::kCUDA, device, &stream) != 0) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    throw std::runtime_error("fusedopt: torch does not tell its current CUDA stream");
+  if (pretend != Pretend::kNothing) return nullptr;
+  // Not DLPack's, which is null where torch was built without it: that is the legacy stream.
+  static const py::handle raw = py::object(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")).release();
+  return reinterpret_cast<void*>(raw(device).cast<uintptr_t>());
+}
+
+TorchDevice::TorchDevice(int device) {
+  if (device == kCpu || pretend != Pretend::kNothing) return;
+  const py::module_ torch = py::module_::import("torch._C");
+  const int current = torch.attr("_cuda_getDevice")().cast<int>();
+  if (current == device) return;
+  torch.attr("_cuda_setDevice")(device);
+  before_ = current;
+}
+
+TorchDevice::~TorchDevice() {
+  if (before_ == kCpu) return;
+  try {
+    py::module_::import("torch._C").attr("_cuda_setDevice")(before_);
+  } catch (py::error_already_set&) {
+    // The process is ending.
   }
-  return stream;
 }
 
 int read_dlpack(PyObject* tensor, dlpack::Tensor* out) { return api->from_object(tensor, out); }

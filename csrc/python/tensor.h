@@ -34,6 +34,18 @@ int64_t itemsize(DType dtype);
 std::string device_name(int device);
 // torch's current stream on a device.
 void* current_stream(int device);
+
+// Makes a device torch's current one, and puts back what was.
+class TorchDevice {
+ public:
+  explicit TorchDevice(int device);
+  ~TorchDevice();
+  TorchDevice(const TorchDevice&) = delete;
+
+ private:
+  int before_ = kCpu;
+};
+
 // For tests, with the runtime of tests/cuda_on_host: tensors of the host count as the device's. kTensors: all but the
 // numbers (step counts, lr, ...); kNumbers: these too.
 enum class Pretend { kNothing, kTensors, kNumbers };
