@@ -184,8 +184,12 @@ Stepper::Stepper(const std::string& rule, std::string optimizer)
 
 Stepper::~Stepper() {
   for (auto& known : tables_) {
-    const TorchDevice current(known->device);
-    known.reset();
+    try {
+      const TorchDevice current(known->device);
+      known.reset();
+    } catch (py::error_already_set&) {
+      known.reset();  // torch is gone, the process is ending
+    }
   }
 }
 
