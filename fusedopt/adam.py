@@ -18,20 +18,24 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     `On the Convergence of Adam and Beyond <https://openreview.net/forum?id=ryQu7f-RZ>`_ (Reddi et al. 2018).
 
     Args:
-        params: parameters, (name, parameter) pairs, or dicts of groups with their own options. Strided CPU tensors of
-            any shape and layout, of dtype float32, float64, bfloat16, float16 (arithmetic in float32, each stored value
-            rounded once), complex64 or complex128 (as their real views).
-        lr: learning rate, a float or a one-element tensor, whose value is read in every step (default: 1e-3).
-        betas: decay rates of the moments, floats or one-element tensors, 0 <= beta < 1 (default: (0.9, 0.999)).
+        params: parameters, (name, parameter) pairs, or dicts of groups with their own options. Strided tensors on the
+            CPU or on CUDA devices, of any shape and layout, of dtype float32, float64, bfloat16, float16 (arithmetic in
+            float32, each stored value rounded once), complex64 or complex128 (as their real views).
+        lr: learning rate, a float or a one-element tensor, whose value is read in every step (default: 1e-3). A CUDA
+            tensor is read by the kernel; it needs `capturable` or `fused`.
+        betas: decay rates of the moments, two floats or two one-element tensors, 0 <= beta < 1 (default: (0.9, 0.999)).
+            CUDA tensors as for lr; their powers are the device's, whose last bit may differ.
         eps: added to the denominator (default: 1e-8). Moments below the smallest normal number of the arithmetic
             (1.2e-38, or 2.2e-308 for float64) are stored as zero if eps >= 1e-10.
         weight_decay: coefficient (default: 0).
         amsgrad: use the running maximum of the second moment (default: False).
         foreach: accepted as torch accepts it; the native path is taken whatever it says.
         maximize: ascend (default: False).
-        capturable: accepted; on the CPU there is nothing to capture and it changes nothing.
+        capturable: the step counts of CUDA parameters lie on their device, and the step can be captured in a CUDA graph:
+            make a step before, and see :meth:`update_captured` (default: False). On the CPU it changes nothing.
         differentiable: True takes torch's own for-loop, through which autograd can run (default: False).
-        fused: accepted as torch accepts it; every step is fused.
+        fused: every step is fused; True puts the step counts of CUDA parameters on their device, where a
+            :class:`torch.amp.GradScaler` need not wait for them (default: None).
         decoupled_weight_decay: decay the parameter itself, as AdamW does, instead of adding to the gradient
             (default: False).
 
@@ -39,7 +43,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         ValueError: an option out of range, as torch raises it.
         RuntimeError: in :meth:`step`, about a parameter, gradient or state that cannot be updated rightly.
 
-    The state of a parameter, made at its first step: ``step`` (0-d), ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
+    The state of a parameter, made at its first step: ``step`` (0-d, on the CPU unless `capturable` or `fused`), ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
     ``max_exp_avg_sq`` (the parameter's shape and dtype): torch's own, so checkpoints go both ways.
     """
 
