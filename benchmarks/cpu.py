@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -347,25 +348,32 @@ def import_time(quick: Quick) -> Iterator[Row]:
 
 
 def build(quick: Quick) -> Iterator[Row]:
-    """A wheel from a clean copy of the source."""
+    """A wheel from a clean copy of the source, without and with the CUDA kernels."""
     if quick:
         raise Skipped("not in a quick run")
     if importlib.util.find_spec("pip") is None:
         raise Skipped("no pip in this environment")
-    with tempfile.TemporaryDirectory() as folder:
-        source, wheels = Path(folder) / "source", Path(folder) / "wheels"
-        ignored = shutil.ignore_patterns(".*", "build", "benchmarks", "*.egg-info", "*.so", "__pycache__")
-        shutil.copytree(harness.ROOT, source, ignore=ignored)
-        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(wheels), "."]
-        cpu, start = harness.children_cpu(), time.perf_counter()
-        built = subprocess.run(command, cwd=source, capture_output=True, text=True)
-        took, cpu = time.perf_counter() - start, harness.children_cpu() - cpu
-        if built.returncode:
-            raise Skipped(f"pip wheel failed: {(built.stderr or built.stdout).strip().splitlines()[-1]}")
-        (wheel,) = wheels.glob("*.whl")
-        size = wheel.stat().st_size / 1e6
-    yield Row("pip wheel --no-deps . (once, isolated)", Spread.of([took]), "s", at_most(30), {"CPU": Spread.of([cpu])})
-    yield Row("the wheel's size", Spread.of([size]), "MB", at_most(3))
+    for cuda, title, most in (("off", "without CUDA", 30), ("on", "with CUDA", 60)):
+        if cuda == "on" and not shutil.which("nvcc"):
+            yield Row(f"a wheel {title}", note="skipped: no nvcc")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            source, wheels = Path(folder) / "source", Path(folder) / "wheels"
+            ignored = shutil.ignore_patterns(".*", "build", "benchmarks", "*.egg-info", "*.so", "__pycache__")
+            shutil.copytree(harness.ROOT, source, ignore=ignored)
+            command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(wheels), "."]
+            environment = {**os.environ, "FUSEDOPT_CUDA": cuda}
+            cpu, start = harness.children_cpu(), time.perf_counter()
+            built = subprocess.run(command, cwd=source, capture_output=True, text=True, env=environment)
+            took, cpu = time.perf_counter() - start, harness.children_cpu() - cpu
+            if built.returncode:
+                raise Skipped(f"pip wheel failed: {(built.stderr or built.stdout).strip().splitlines()[-1]}")
+            (wheel,) = wheels.glob("*.whl")
+            size = wheel.stat().st_size / 1e6
+        yield Row(
+            f"pip wheel {title} (once, isolated)", Spread.of([took]), "s", at_most(most), {"CPU": Spread.of([cpu])}
+        )
+        yield Row(f"the wheel's size {title}", Spread.of([size]), "MB", at_most(3))
 
 
 BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {

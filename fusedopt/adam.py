@@ -31,8 +31,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         amsgrad: use the running maximum of the second moment (default: False).
         foreach: accepted as torch accepts it; the native path is taken whatever it says.
         maximize: ascend (default: False).
-        capturable: the step counts of CUDA parameters lie on their device, and the step can be captured in a CUDA graph:
-            make a step before, and see :meth:`update_captured` (default: False). On the CPU it changes nothing.
+        capturable: the step counts of CUDA parameters lie on their device, and the step can be captured in a CUDA
+            graph: make a step before, and see :meth:`update_captured` (default: False). On the CPU it changes nothing.
         differentiable: True takes torch's own for-loop, through which autograd can run (default: False).
         fused: every step is fused; True puts the step counts of CUDA parameters on their device, where a
             :class:`torch.amp.GradScaler` need not wait for them (default: None).
@@ -43,8 +43,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         ValueError: an option out of range, as torch raises it.
         RuntimeError: in :meth:`step`, about a parameter, gradient or state that cannot be updated rightly.
 
-    The state of a parameter, made at its first step: ``step`` (0-d, on the CPU unless `capturable` or `fused`), ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
-    ``max_exp_avg_sq`` (the parameter's shape and dtype): torch's own, so checkpoints go both ways.
+    The state of a parameter, made at its first step: ``step`` (0-d, on the CPU unless `capturable` or `fused`),
+    ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq`` (the parameter's shape and dtype): torch's own, so
+    checkpoints go both ways.
     """
 
     _rule = "adam"
