@@ -93,7 +93,9 @@ tests() {
 }
 
 tests_gpu() {
-  some_pass python3 -m pytest -q tests/test_cuda_gpu.py
+  local workers=()
+  if python3 -c 'import xdist' 2>/dev/null; then workers=(-p xdist.plugin -n 4); fi
+  some_pass python3 -m pytest -q ${workers[@]+"${workers[@]}"} tests/test_cuda_gpu.py
 }
 
 sanitizer() { # TOOL
@@ -152,11 +154,11 @@ stage() {
 
 stage facts 25 facts.txt facts
 stage build 110 build.txt build
-stage tests 110 tests.txt tests
-stage tests-gpu 60 tests-gpu.txt tests_gpu
+stage tests 100 tests.txt tests
+stage tests-gpu 90 tests-gpu.txt tests_gpu
 stage memcheck 45 sanitizer.txt sanitizer memcheck
 stage racecheck 45 sanitizer.txt sanitizer racecheck
-# The last one has what is left, at least 170 s.
+# The last one has what is left, at least 150 s.
 left=$((LIMIT - SECONDS))
 stage benchmarks "$left" gpu.txt python3 -m benchmarks.gpu --json "$OUT/gpu.json" --seconds "$((left - 15))"
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,9 +21,13 @@ FLUSH_MIN_EPS = 1e-10  # groups with a smaller eps are not flushed: see design, 
 _NUMPY: dict[torch.dtype, type] = {
     torch.float64: np.float64,
     torch.float32: np.float32,
-    torch.bfloat16: ml_dtypes.bfloat16,
     torch.float16: np.float16,
 }
+with contextlib.suppress(ModuleNotFoundError):  # needed for this dtype's references alone
+    import ml_dtypes
+
+    _NUMPY[torch.bfloat16] = ml_dtypes.bfloat16
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
