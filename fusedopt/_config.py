@@ -31,7 +31,7 @@ def show_config() -> str:
     """Return, one fact a line, what this build holds and what it chose on this machine.
 
     Version and compiler; the CPU instruction sets chosen, usable and built (FUSEDOPT_CPU_CAPABILITY=default|avx2|avx512
-    forces one); CUDA, and why not; torch's version; threads (set by torch.set_num_threads); how a step makes sure that
+    forces one); CUDA: what was built, and whether a device is here (asking wakes the driver); torch's version; threads (set by torch.set_num_threads); how a step makes sure that
     tensors are what they were.
     """
     info = _C.build_info()
@@ -40,7 +40,7 @@ def show_config() -> str:
         "fusedopt": info["version"],
         "compiler": info["compiler"],
         "cpu": f"{info['cpu_capability']} (usable: {usable}; built: {built})",
-        "cuda": info["cuda"],
+        "cuda": info["cuda"] if info["cuda"].startswith("no:") else f"{info['cuda']}; {_C.why_no_cuda() or 'usable'}",
         "torch": torch.__version__,
         "threads": f"{torch.get_num_threads()} of torch's pool" if info["threads"] else "1: no OpenMP pool to share",
         "tensor checks": "signatures" if info["signatures"] else "DLPack: slower, this torch keeps other records",
