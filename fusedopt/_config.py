@@ -31,8 +31,8 @@ def show_config() -> str:
     """Return, one fact a line, what this build holds and what it chose on this machine.
 
     Version and compiler; the CPU instruction sets chosen, usable and built (FUSEDOPT_CPU_CAPABILITY=default|avx2|avx512
-    forces one); CUDA: what was built, and whether a device is here (asking wakes the driver); torch's version; threads (set by torch.set_num_threads); how a step makes sure that
-    tensors are what they were.
+    forces one); CUDA: what was built, and whether there is a device (asking wakes the driver); torch's version; threads
+    (set by torch.set_num_threads); how a step makes sure that tensors are what they were.
     """
     info = _C.build_info()
     usable, built = ", ".join(info["cpu_usable"]), ", ".join(info["cpu_built"])
