@@ -112,9 +112,12 @@ void Table::build(const StepInfo& info) {
   dims_at_ = place(dims.size() * sizeof(Layout::Dim));
   chunks_at_ = place(row_of_chunk.size() * sizeof(int32_t));
   image_.assign(size, std::byte{0});
-  std::memcpy(image_.data() + rows_at_, rows_.data(), num_rows_ * sizeof(Row));
-  std::memcpy(image_.data() + dims_at_, dims.data(), dims.size() * sizeof(Layout::Dim));
-  std::memcpy(image_.data() + chunks_at_, row_of_chunk.data(), row_of_chunk.size() * sizeof(int32_t));
+  const auto put = [&](size_t at, const auto& values) {
+    if (!values.empty()) std::memcpy(image_.data() + at, values.data(), values.size() * sizeof values[0]);
+  };
+  put(rows_at_, rows_);
+  put(dims_at_, dims);
+  put(chunks_at_, row_of_chunk);
 }
 
 constexpr size_t kGradsAt = 16;  // behind blocks_done
