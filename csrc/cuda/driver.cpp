@@ -32,6 +32,7 @@ Table::~Table() {
   try {
     if (memory_) cuda_->release(info_.device, memory_);
     for (std::byte* memory : retired_) cuda_->release(info_.device, memory);
+    for (const Staging& staging : staging_) cuda_->release_pinned(staging.at, staging.event);
   } catch (const std::runtime_error&) {
     // The process is ending and CUDA is gone.
   }
@@ -140,6 +141,7 @@ void Table::upload(const StepInfo& info, std::byte* to, const std::byte* from, s
 
 void Table::prepare(const StepInfo& info, bool changed) {
   info_ = info;
+  cuda_->make_ready(info.rule, info.dtype, on_device_, info.device);
   if (rows_.size() != num_rows_) {
     rows_.resize(num_rows_);
     grads_.resize(num_rows_);
@@ -217,12 +219,17 @@ void Table::launch() {
 }
 
 void Table::update_captured(const StepInfo& info) {
+  if (cuda_->is_capturing(info.stream))
+    throw std::runtime_error("update_captured() is no part of a graph: call it outside");
+  bool any = false, none = true;
   for (const Captured& captured : captured_) {
     if (captured.groups_size == 0) continue;
-    if (captured.groups_size != info.groups_size)
-      throw std::runtime_error("the number of parameter groups has changed since the graph was captured");
+    any = true;
+    if (captured.groups_size != info.groups_size) continue;  // of an earlier graph, before groups were added
+    none = false;
     upload(info, captured.memory + captured.groups_at, info.groups, info.groups_size);
   }
+  if (any && none) throw std::runtime_error("the number of parameter groups has changed since the graph was captured");
 }
 
 }  // namespace cuda

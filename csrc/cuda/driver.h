@@ -54,6 +54,8 @@ class Table {
   // Uploads the groups' options to the tables of captured graphs.
   void update_captured(const StepInfo& info);
   bool empty() const { return num_rows_ == 0; }
+  // Do some of the rows count their steps on the device?
+  bool on_device() const { return on_device_; }
 
  private:
   struct Captured {

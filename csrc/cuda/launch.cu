@@ -115,7 +115,14 @@ void copy(int device, void* to, const void* from, size_t bytes, void* stream, vo
   check(cudaEventRecord(static_cast<cudaEvent_t>(*event), on_stream), "cudaEventRecord");
 }
 
+void release_pinned(void* memory, void* event) {
+  const OutsideCapture outside;
+  if (event) cudaEventDestroy(static_cast<cudaEvent_t>(event));
+  check(cudaFreeHost(memory), "cudaFreeHost");
+}
+
 bool is_done(void* event) {
+  const OutsideCapture outside;  // another thread may be capturing
   const cudaError_t error = cudaEventQuery(static_cast<cudaEvent_t>(event));
   if (error == cudaErrorNotReady) return cudaGetLastError(), false;
   check(error, "an earlier kernel");
@@ -139,25 +146,38 @@ bool is_capturing(void* stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+// As many blocks as the device holds at once.
+template <class Rule, class S, class T, bool kOnDevice>
+struct Resident {
+  static inline int blocks[64] = {};
+
+  static void call(int device) {
+    if (blocks[device % 64]) return;
+    int processors = 0, each = 0;
+    const OutsideCapture outside;
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, step_kernel<Rule, S, T, kOnDevice>, kThreads, 0),
+          "this build has no kernel for the device; FUSEDOPT_CUDA_ARCHS");
+    blocks[device % 64] = processors * each;
+  }
+};
+
 template <class Rule, class S, class T, bool kOnDevice>
 struct Launch {
   static void call(const void* raw, int device, void* stream) {
-    constexpr auto kernel = step_kernel<Rule, S, T, kOnDevice>;
-    // As many blocks as the device holds at once; never more than there is work for.
-    static int resident[64] = {};
-    int& most = resident[device % 64];
-    if (most == 0) {
-      int processors = 0, blocks = 0;
-      check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), "the kernel's occupancy");
-      most = processors * blocks;
-    }
     const auto& args = *static_cast<const Args<Rule, T>*>(raw);
+    const int64_t most = Resident<Rule, S, T, kOnDevice>::blocks[device % 64];
     const int64_t blocks = args.at.num_chunks < most ? args.at.num_chunks : most;
-    kernel<<<static_cast<unsigned>(blocks > 0 ? blocks : 1), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    step_kernel<Rule, S, T, kOnDevice>
+        <<<static_cast<unsigned>(blocks > 0 ? blocks : 1), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
     check(cudaGetLastError(), "launching the step");
   }
 };
+
+void make_ready(int rule, DType dtype, bool on_device, int device) {
+  use(device);
+  dispatch<Resident>(Rules{}, rule, dtype, on_device, device);
+}
 
 void launch(int rule, DType dtype, bool on_device, const void* args, int device, void* stream) {
   use(device);
@@ -166,7 +186,8 @@ void launch(int rule, DType dtype, bool on_device, const void* args, int device,
 
 }  // namespace
 
-const Runtime kGpu = {why_not, allocate, release, allocate_pinned, copy, is_done, copy_now, is_capturing, launch};
+const Runtime kGpu = {why_not, allocate, release,      allocate_pinned, release_pinned, copy,
+                      is_done, copy_now, is_capturing, make_ready,      launch};
 
 }  // namespace cuda
 }  // namespace fusedopt

@@ -15,12 +15,15 @@ struct Runtime {
   void* (*allocate)(int device, size_t bytes);  // zeroed; also while a stream is being captured
   void (*release)(int device, void* memory);    // waits until the device is done with it
   void* (*allocate_pinned)(size_t bytes);
+  void (*release_pinned)(void* memory, void* event);
   // Starts a copy from pinned memory; `event` tells when it is done: null to make one.
   void (*copy)(int device, void* to, const void* from, size_t bytes, void* stream, void** event);
   bool (*is_done)(void* event);
   // A copy that is done on return and is no part of a graph that is being captured.
   void (*copy_now)(int device, void* to, const void* from, size_t bytes);
   bool (*is_capturing)(void* stream);
+  // All that can keep a kernel from being launched: asked before anything is changed.
+  void (*make_ready)(int rule, DType dtype, bool on_device, int device);
   // args: an Args<Rule, T>. on_device: there are step counts on the device.
   void (*launch)(int rule, DType dtype, bool on_device, const void* args, int device, void* stream);
 };

@@ -58,6 +58,7 @@ class Group {
   struct OnDevice {
     const void* at;
     DType dtype;
+    int device;
   };
   // Those that were asked for, in the order of asking. The value of each is 0, of the one at `marked` 1.
   mutable std::vector<OnDevice> on_device;
@@ -90,7 +91,7 @@ class Group {
     if (is_tensor(value)) {
       const TensorView view = tensor(value, key);
       if (view.device == kCpu) return view.first();
-      on_device.push_back({view.data, view.dtype});
+      on_device.push_back({view.data, view.dtype, view.device});
       return on_device.size() - 1 == marked ? 1 : 0;
     }
     const double number = PyFloat_AsDouble(value);  // int, NumPy scalar
@@ -123,8 +124,10 @@ class RuleDriver {
   // The scalars for a step count, in the opmath of the dtype; valid until begin_step.
   virtual const void* scalars(size_t group, double step, DType dtype) = 0;
   virtual size_t scalars_size(DType dtype) const = 0;
-  // Does the group have an lr or another option on a device, which scalars() cannot know?
-  virtual bool is_on_device(size_t group) const = 0;
+  // The device that the group's lr or another option lies on, which scalars() then cannot know; kCpu if there is none,
+  // kSeveral if they lie on different ones.
+  static constexpr int kSeveral = -2;
+  virtual int options_device(size_t group) const = 0;
   // All groups as a kernel on that device wants them: cuda::Group<Rule>[].
   virtual const std::vector<std::byte>& device_groups(int device) = 0;
 };
@@ -166,6 +169,7 @@ class RuleDriverOf final : public RuleDriver {
         g.lr = view.first();
       } else {
         g.lr_at = view.data;
+        g.lr_device = view.device;
         g.lr = 0;
       }
     } else {
@@ -196,8 +200,14 @@ class RuleDriverOf final : public RuleDriver {
                                     : sizeof(typename Rule::template Scalars<float>);
   }
 
-  bool is_on_device(size_t group) const override {
-    return groups_[group].lr_at != nullptr || !groups_[group].on_device.empty();
+  int options_device(size_t group) const override {
+    const PerGroup& g = groups_[group];
+    int device = g.lr_at ? g.lr_device : kCpu;
+    for (const Group::OnDevice& number : g.on_device) {
+      if (device != kCpu && device != number.device) return kSeveral;
+      device = number.device;
+    }
+    return device;
   }
 
   const std::vector<std::byte>& device_groups(int device) override {
@@ -217,10 +227,11 @@ class RuleDriverOf final : public RuleDriver {
         out.number_offset[k] = g.offsets[k];
       }
       if (!g.on_device.empty()) continue;
-      const Corrections& found = corrections(g.options, device);
-      out.corrections = static_cast<const typename Rule::Corrections*>(found.at);
-      out.num_corrections = found.count;
-      out.final = found.final;
+      const Corrections* found = corrections(g.options, device);
+      if (!found) continue;
+      out.corrections = static_cast<const typename Rule::Corrections*>(found->at);
+      out.num_corrections = found->count;
+      out.final = found->final;
     }
     return device_groups_;
   }
@@ -237,6 +248,7 @@ class RuleDriverOf final : public RuleDriver {
     bool lr_is_tensor = false;
     DType lr_dtype = DType::kFloat32;
     const void* lr_at;  // an lr on a device
+    int lr_device;
     std::vector<Group::OnDevice> on_device;
     std::vector<int32_t> offsets;  // in options, of those on a device
     std::unordered_map<double, PerStep*> by_step;
@@ -270,7 +282,8 @@ class RuleDriverOf final : public RuleDriver {
     }
   }
 
-  // The corrections for the step counts to come, computed here and kept on the device.
+  // The corrections for the step counts to come, computed here and kept on the device for the life of the process: a
+  // graph may read them.
   struct Corrections {
     const cuda::Runtime* runtime;
     int device;
@@ -279,15 +292,17 @@ class RuleDriverOf final : public RuleDriver {
     int64_t count;
     bool final;
   };
-  const Corrections& corrections(const typename Rule::Options& options, int device) {
+  const Corrections* corrections(const typename Rule::Options& options, int device) {
     typename Rule::Corrections first[3];
     for (int t = 0; t < 3; ++t) first[t] = Rule::corrections(options, t + 1);
     if (const char* problem = Rule::problem(first[0])) throw std::domain_error(problem);
     std::string key(reinterpret_cast<const char*>(first), sizeof first);
     for (const Corrections& known : corrections_) {
-      if (known.runtime == cuda::runtime() && known.device == device && known.key == key) return known;
+      if (known.runtime == cuda::runtime() && known.device == device && known.key == key) return &known;
     }
-    // Beyond this many the device uses its own pow; reached only with a beta above 0.99996.
+    // So many different betas are a schedule's: the device uses its own pow for the rest.
+    if (corrections_.size() >= 16) return nullptr;
+    // Beyond this many, too; reached only with a beta above 0.99996.
     constexpr double kMost = 1 << 20;
     const double last = Rule::last_step(options);
     const bool final = last < kMost;
@@ -296,9 +311,8 @@ class RuleDriverOf final : public RuleDriver {
     const size_t bytes = all.size() * sizeof all[0];
     void* at = cuda::runtime()->allocate(device, bytes);
     cuda::runtime()->copy_now(device, at, all.data(), bytes);
-    // Kept for the life of the process: a graph may read them.
     corrections_.push_back({cuda::runtime(), device, std::move(key), at, static_cast<int64_t>(all.size()), final});
-    return corrections_.back();
+    return &corrections_.back();
   }
 
   PyObject* keys_[Rule::kNumKeys];

@@ -118,14 +118,30 @@ PyObject* find_value(PyObject* dict, PyObject* key, Py_ssize_t hint, int32_t* at
 
 }  // namespace
 
+class Stepper::Busy {
+ public:
+  explicit Busy(Stepper* stepper) : flag_(stepper->busy_) {
+    if (flag_)
+      throw std::runtime_error(stepper->optimizer_ + ": step() is already running, in another thread or from a hook");
+    flag_ = true;
+  }
+  ~Busy() { flag_ = false; }
+  Busy(const Busy&) = delete;
+
+ private:
+  bool& flag_;
+};
+
 // What one call of step() gathers.
 class Stepper::Scan {
  public:
   py::list groups;
   py::dict state;
   Unscale unscale;
-  // GradScaler's tensors, where they are on a device, else None.
+  // GradScaler's tensors, or None: a found_inf on a device, and a scale. Their copies on other devices.
   py::object grad_scale = py::none(), found_inf = py::none();
+  bool amp_on_device = false;
+  std::vector<py::object> moved_scalars;
   struct List {
     PyObject* params;
     size_t first;  // the entry of its first parameter
@@ -139,7 +155,6 @@ class Stepper::Scan {
   std::vector<std::pair<PyObject*, PyObject*>> made_state;
   int64_t cost = 0;
   bool memory_changed = false;
-  bool refreshed = false;  // a parameter was read anew
   // References to every gradient and all state are held, so that the GIL may be released. A step of little work keeps
   // the GIL instead: its gradients' Python objects would cost more than the work.
   bool hold = true;
@@ -250,8 +265,9 @@ Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* para
   std::byte* data;
   if (!grad_record || !unchanged(entry, row, param, scan)) return Look::kChanged;
   if (!entry.signature[kGrad]->matches(grad_record, &data)) return Look::kChanged;
-  if (data == row.data[kGrad]) return Look::kUnchanged;
-  row.data[kGrad] = data;
+  if (entry.device != kCpu && reinterpret_cast<uintptr_t>(data) % itemsize(entry.dtype) != 0) return Look::kChanged;
+  if (data != row.data[kGrad]) row.data[kGrad] = data;
+  // Also where it has not moved: a scan that was begun anew may have noted the move, but nobody has looked at it.
   return entry.gap.holds(data, data + entry.grad_bytes) ? Look::kUnchanged : Look::kGradMoved;
 }
 
@@ -341,7 +357,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
                entry.dtype != streams.view[kParam].dtype;
   for (int k = 0; k < streams.count; ++k) moved |= k != kGrad && before.data[k] != row.data[k];
   scan->memory_changed |= moved;
-  scan->refreshed = true;
+  refreshed_ = true;
 
   entry.param = dirty.param;
   entry.variant = variant;
@@ -368,8 +384,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   if (!entry.gap.holds(from, to)) scan->moved_grads.push_back(dirty.entry);
 }
 
-void Stepper::read_groups(Scan* scan) {
-  // All options first: reading a number may run users' code, which must not meet a half-done scan.
+void Stepper::read_options(Scan* scan) {
   PyObject* groups = scan->groups.ptr();
   rule_->begin_step(scan->unscale);
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
@@ -378,6 +393,12 @@ void Stepper::read_groups(Scan* scan) {
     scan->held.keep(group);
     scan->variants.push_back(rule_->read_group(group, optimizer_.c_str()));
   }
+}
+
+void Stepper::read_groups(Scan* scan) {
+  // All options first: reading a number may run users' code, which must not meet a half-done scan.
+  read_options(scan);
+  PyObject* groups = scan->groups.ptr();
   size_t n = 0;
   for (size_t g = 0; g < scan->variants.size() && g < static_cast<size_t>(PyList_GET_SIZE(groups)); ++g) {
     PyObject* group = PyList_GET_ITEM(groups, g);
@@ -467,8 +488,9 @@ bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
   for (const Dirty& dirty : scan->dirty) {
     TensorView view;
     std::string why;
-    if (read_tensor(dirty.param, &view, &why) && view.device != kCpu &&
-        cuda::runtime()->is_capturing(current_stream(view.device))) {
+    if (!read_tensor(dirty.param, &view, &why) || view.device == kCpu) continue;
+    const TorchDevice current(view.device);
+    if (cuda::runtime()->is_capturing(current_stream(view.device))) {
       fail(name(entries_[dirty.entry], *scan), "its state", "does not exist yet: make a step before capturing one");
     }
   }
@@ -555,28 +577,35 @@ cuda::Table& Stepper::table(int device, DType dtype) {
   return tables_.back()->table;
 }
 
-cuda::StepInfo Stepper::step_info(int device, DType dtype, const Scan& scan) {
+cuda::StepInfo Stepper::step_info(int device, DType dtype, bool counts_there, Scan* scan) {
+  cuda::StepInfo info{};
+  info.rule = rule_->id();
+  info.dtype = dtype;
+  info.scalars_size = rule_->scalars_size(dtype);
+  info.device = device;
+  info.stream = current_stream(device);
+  if (!counts_there) return info;
   const std::vector<std::byte>& groups = rule_->device_groups(device);
-  cuda::StepInfo info{rule_->id(), dtype,  rule_->scalars_size(dtype), groups.data(), groups.size(), nullptr,
-                      nullptr,     device, current_stream(device)};
+  info.groups = groups.data();
+  info.groups_size = groups.size();
   const auto there = [&](py::object tensor, const char* what) -> const float* {
     if (tensor.is_none()) return nullptr;
     TensorView view = read_scalar(tensor, optimizer_, what);
     if (view.device != device) {
       tensor = tensor.attr("to")(device_name(device), py::arg("non_blocking") = true);
       view = read_scalar(tensor, optimizer_, what);
+      scan->moved_scalars.push_back(tensor);
     }
-    return reinterpret_cast<const float*>(view.data);  // freed memory is used again only behind this launch
+    return reinterpret_cast<const float*>(view.data);
   };
-  info.found_inf = there(scan.found_inf, "found_inf");
-  info.grad_scale = there(scan.grad_scale, "grad_scale");
+  info.found_inf = there(scan->found_inf, "found_inf");
+  info.grad_scale = there(scan->grad_scale, "grad_scale");
   return info;
 }
 
 // Gives every row that takes part its scalars and its place: in the CPU's running total, which it returns, or in the
 // table of its device and dtype.
 int64_t Stepper::prepare_rows(Scan* scan) {
-  const bool amp_on_device = !scan->grad_scale.is_none() || !scan->found_inf.is_none();
   for (const auto& known : tables_) known->table.begin();
   cuda::Table* table = nullptr;  // the last row's
   int64_t cost = 0;
@@ -588,15 +617,22 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     TensorRow& row = rows_[n];
     if (row.start != cost) row.start = cost;
     if (!entry.active) continue;
-    if (!entry.step_on_device) {
-      if (amp_on_device)
+    const int options_device = rule_->options_device(entry.group);
+    if (entry.step_on_device) {
+      if (options_device != kCpu && options_device != entry.device)
+        fail(name(entry, *scan), "the parameter",
+             "is on '" + device_name(entry.device) +
+                 "', but its group has an lr or beta on another GPU; move it there, "
+                 "or give numbers or CPU tensors");
+    } else {
+      if (scan->amp_on_device)
         fail(name(entry, *scan), "its step count",
-             "is on the CPU, but GradScaler's tensors are on a device: make the "
-             "optimizer with fused=True or capturable=True");
-      if (rule_->is_on_device(entry.group))
+             "is on the CPU, but GradScaler's tensors are on a GPU: move state['step'] there, or make the optimizer "
+             "with fused=True or capturable=True");
+      if (options_device != kCpu)
         fail(name(entry, *scan), "its step count",
-             "is on the CPU, but its group has an lr or beta on a device: make the "
-             "optimizer with capturable=True, or give numbers or CPU tensors");
+             "is on the CPU, but its group has an lr or beta on a GPU: make the optimizer with capturable=True, or "
+             "give numbers or CPU tensors");
       const double step = entry.next_step_count();
       if (!last || last->group != entry.group || last->dtype != entry.dtype || last_step != step) {
         scalars = rule_->scalars(entry.group, step, entry.dtype);
@@ -619,31 +655,30 @@ int64_t Stepper::prepare_rows(Scan* scan) {
   for (const auto& known : tables_) {
     if (known->table.empty()) continue;
     const TorchDevice current(known->device);
-    known->table.prepare(step_info(known->device, known->dtype, *scan), scan->refreshed);
+    const cuda::StepInfo info = step_info(known->device, known->dtype, known->table.on_device(), scan);
+    if (cost > 0 && cuda::runtime()->is_capturing(info.stream))
+      throw std::runtime_error(optimizer_ + ": the step of a CPU parameter cannot be captured in a CUDA graph");
+    known->table.prepare(info, refreshed_);
   }
+  refreshed_ = false;
   return cost;
 }
 
 void Stepper::update_captured(py::list param_groups) {
+  const Busy busy(this);
   const FloatMode mode;
   Scan scan;
   scan.groups = std::move(param_groups);
-  read_groups(&scan);
+  read_options(&scan);
   for (const auto& known : tables_) {
     const TorchDevice current(known->device);
-    known->table.update_captured(step_info(known->device, known->dtype, scan));
+    known->table.update_captured(step_info(known->device, known->dtype, true, &scan));
   }
 }
 
 int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
                       py::object found_inf, int max_threads) {
-  if (busy_) throw std::runtime_error(optimizer_ + ": step() is already running, in another thread or from a hook");
-  struct Busy {
-    bool& flag;
-    explicit Busy(bool& f) : flag(f) { flag = true; }
-    ~Busy() { flag = false; }
-  } busy(busy_);
-
+  const Busy busy(this);
   const FloatMode mode;  // the scalars too are computed in the default modes
   Unscale unscale;
   Scan scan;
@@ -651,14 +686,16 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
     const TensorView view = read_scalar(found_inf, optimizer_, "found_inf");
     if (view.device != kCpu) {
       scan.found_inf = std::move(found_inf);
+      scan.amp_on_device = true;
     } else if (view.first() != 0) {
       return 0;
     }
   }
   if (!grad_scale.is_none()) {
     const TensorView view = read_scalar(grad_scale, optimizer_, "grad_scale");
+    scan.grad_scale = std::move(grad_scale);
     if (view.device != kCpu) {
-      scan.grad_scale = std::move(grad_scale);
+      scan.amp_on_device = true;
     } else {
       // The reciprocal in double, rounded to float: what GradScaler.unscale_ multiplies by.
       unscale.wanted = true;

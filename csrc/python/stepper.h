@@ -31,6 +31,7 @@ class Stepper {
  private:
   struct Entry;
   class Scan;
+  class Busy;
   struct Dirty {
     size_t entry;
     PyObject *param, *grad;  // held by the scan
@@ -38,6 +39,7 @@ class Stepper {
 
   enum class Look : uint8_t { kNoGrad, kUnchanged, kGradMoved, kChanged };
 
+  void read_options(Scan* scan);
   void read_groups(Scan* scan);
   bool scan_quickly(Scan* scan, int max_threads);
   void scan_holding(Scan* scan);
@@ -48,7 +50,7 @@ class Stepper {
   void check_memory(Scan* scan);
   int64_t prepare_rows(Scan* scan);
   cuda::Table& table(int device, DType dtype);
-  cuda::StepInfo step_info(int device, DType dtype, const Scan& scan);
+  cuda::StepInfo step_info(int device, DType dtype, bool counts_there, Scan* scan);
   ParamName name(const Entry& entry, const Scan& scan) const;
 
   std::unique_ptr<RuleDriver> rule_;
@@ -68,6 +70,7 @@ class Stepper {
   };
   std::vector<std::unique_ptr<OnDevice>> tables_;
   WrittenMemory memory_;
+  bool refreshed_ = false;         // a parameter was read anew since the tables were last prepared
   bool memory_checked_ = false;    // a step that fails leaves it to the next one to look at all memory anew
   int64_t last_cost_ = INT64_MAX;  // foretells this step's
   bool busy_ = false;

@@ -4,6 +4,7 @@
 // What it can not show: races, memory order, speed, what nvcc makes of the source.
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <stdexcept>
 #include <vector>
 
@@ -16,12 +17,28 @@ using namespace fusedopt;
 using namespace fusedopt::cuda;
 
 // What happened, for tests.
-extern "C" int64_t fusedopt_launches = 0, fusedopt_copies = 0, fusedopt_bytes_copied = 0, fusedopt_copies_now = 0,
-                   fusedopt_pinned = 0;
-extern "C" int64_t fusedopt_blocks = 3, fusedopt_capturing = 0, fusedopt_copies_pending = 0,
-                   fusedopt_fail_allocations = 0, fusedopt_first_block = 0;
+extern "C" {
+int64_t fusedopt_launches = 0, fusedopt_copies = 0, fusedopt_bytes_copied = 0, fusedopt_copies_now = 0;
+int64_t fusedopt_pinned = 0, fusedopt_unpinned = 0;
+int64_t fusedopt_blocks = 3, fusedopt_first_block = 0;
+int64_t fusedopt_capturing = 0, fusedopt_copies_pending = 0;
+int64_t fusedopt_fail_allocations = 0, fusedopt_fail_launches = 0;
+}
 
 namespace {
+
+// As on a GPU, the source is read some time before the next launch: now, or while copies are pending, then.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+std::vector<Copy> queue;
+
+void run_copies() {
+  for (const Copy& copy : queue) std::memcpy(copy.to, copy.from, copy.bytes);
+  queue.clear();
+}
 
 const char* why_not() { return nullptr; }
 
@@ -37,11 +54,18 @@ void* allocate_pinned(size_t bytes) {
   return std::malloc(bytes);
 }
 
+void release_pinned(void* memory, void*) {
+  ++fusedopt_unpinned;
+  run_copies();
+  std::free(memory);
+}
+
 void copy(int, void* to, const void* from, size_t bytes, void*, void** event) {
   if (fusedopt_capturing) std::abort();  // it would be repeated at every replay
   ++fusedopt_copies;
   fusedopt_bytes_copied += static_cast<int64_t>(bytes);
-  std::memcpy(to, from, bytes);
+  queue.push_back({to, from, bytes});
+  if (!fusedopt_copies_pending) run_copies();
   *event = to;
 }
 
@@ -83,7 +107,12 @@ struct Launch {
   }
 };
 
+void make_ready(int, DType, bool, int) {
+  if (fusedopt_fail_launches) throw std::runtime_error("CUDA: no kernel image is available for the device");
+}
+
 void launch(int rule, DType dtype, bool on_device, const void* args, int, void*) {
+  run_copies();
   dispatch<Launch>(Rules{}, rule, dtype, on_device, args);
 }
 
@@ -95,5 +124,5 @@ extern "C" void fusedopt_replay() {
 extern "C" void fusedopt_forget_graph() { graph.clear(); }
 
 extern "C" const Runtime fusedopt_cuda_on_host;
-const Runtime fusedopt_cuda_on_host = {why_not, allocate, release,      allocate_pinned, copy,
-                                       is_done, copy_now, is_capturing, launch};
+const Runtime fusedopt_cuda_on_host = {why_not, allocate, release,      allocate_pinned, release_pinned, copy,
+                                       is_done, copy_now, is_capturing, make_ready,      launch};
