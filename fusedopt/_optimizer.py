@@ -122,6 +122,12 @@ class FusedOptimizer(Optimizer):
         for loaded, live in zip(state["param_groups"], self.__dict__.get("param_groups", ()), strict=False):
             for key, value in live.items():
                 loaded.setdefault(key, value)
+            # torch has placed the step counts by what the checkpoint says.
+            if loaded.get("fused") or loaded.get("capturable"):
+                for param in loaded["params"]:
+                    step = state["state"].get(param, {}).get("step")
+                    if isinstance(step, Tensor):
+                        state["state"][param]["step"] = step.to(param.device)
         # The native scan knows a state by its very key; strings read from a file are others.
         for param_state in state["state"].values():
             if isinstance(param_state, dict):

@@ -7,6 +7,7 @@ options that live on it, captured graphs.
 
 import contextlib
 import ctypes
+import gc
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,7 +58,7 @@ class Device:
     @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, int]]:
         """What a block launched and copied."""
-        names = ("launches", "copies", "bytes_copied", "copies_now", "pinned")
+        names = ("launches", "copies", "bytes_copied", "copies_now", "pinned", "unpinned")
         before = {name: getattr(self, name) for name in names}
         counts: dict[str, int] = {}
         yield counts
@@ -202,18 +203,50 @@ def test_betas_on_the_device(dtype: torch.dtype, device: Device) -> None:
     assert_same_state(on_device, on_cpu)
 
 
-def test_options_on_the_device_need_counts_there(device: Device) -> None:
-    (param,) = params = [Parameter(torch.ones(3))]
+def counting_on_the_host(device: Device, **options: Any) -> tuple[Parameter, Optimizer]:
+    """A step with the count on the host; then host numbers count as the device's, but that one is not read anew."""
+    param = Parameter(torch.ones(3))
     param.grad = torch.ones(3)
-    optimizer = fusedopt.AdamW(params, lr=torch.tensor(0.1))
-    optimizer.step()
-    before = param.detach().clone()
     device.use(numbers=False)
-    optimizer.step()  # a count on the host, an lr on the host
+    optimizer = fusedopt.AdamW([param], **options)
+    optimizer.step()
     device.use(numbers=True)
-    optimizer.state[param]["step"] = optimizer.state[param]["step"].clone()
-    optimizer.step()  # both on the device
-    assert not torch.equal(param, before)
+    return param, optimizer
+
+
+def test_options_on_the_device_need_counts_there(device: Device) -> None:
+    param, optimizer = counting_on_the_host(device, lr=torch.tensor(0.1))
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match=r"step count is on the CPU, but its group has an lr .* capturable=True"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before) and float(optimizer.state[param]["step"]) == 1
+
+
+def test_amp_on_the_device_needs_counts_there(device: Device) -> None:
+    param, optimizer = counting_on_the_host(device)
+    before = param.detach().clone()
+    optimizer.found_inf = torch.tensor(0.0)
+    with pytest.raises(RuntimeError, match=r"step count is on the CPU, but GradScaler's tensors .* fused=True"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before) and float(optimizer.state[param]["step"]) == 1
+
+
+def test_a_schedule_of_betas_keeps_no_tables(device: Device) -> None:
+    """OneCycleLR cycles beta1 in every step: a table of corrections for each would fill the memory."""
+    on_device, on_cpu = twins(lambda p: fusedopt.Adam(p, capturable=True), [100])
+    with device.counting() as counts:
+        for step in range(60):
+            for optimizer in (on_device, on_cpu):
+                optimizer.param_groups[0]["betas"] = (0.85 + 0.001 * step, 0.99)
+            step_both(device, on_device, on_cpu, step, numbers=True)
+    assert counts["copies_now"] <= 16
+    assert_same_state(on_device, on_cpu)  # the device's pow is the host's here
+
+
+def test_counts_on_the_host_need_no_table_of_corrections(device: Device) -> None:
+    with device.counting() as counts:
+        make_all(device, 3, betas=(0.77, 0.99999))
+    assert counts["copies_now"] == 0
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -227,14 +260,6 @@ def test_amp_on_the_device(scaled: bool, device: Device) -> None:
         step_both(device, on_device, on_cpu, seed, numbers=True)
         assert_same_state(on_device, on_cpu)
     assert {float(state["step"]) for state in on_device.state.values()} == {3.0}
-
-
-def test_amp_on_the_device_needs_counts_there(device: Device) -> None:
-    optimizer = fusedopt.Adam([param := Parameter(torch.ones(3))])
-    param.grad = torch.ones(3)
-    device.use(numbers=False)
-    optimizer.step()
-    assert optimizer._step_supports_amp_scaling  # these are tensors of the CPU
 
 
 # --- tables and uploads -----------------------------------------------------------------------------------------------
@@ -256,7 +281,7 @@ def test_one_launch_and_no_copy_where_nothing_changed(capturable: bool, device: 
     with device.counting() as counts:
         for _ in range(5):
             optimizer.step()
-    assert counts == {"launches": 5, "copies": 0, "bytes_copied": 0, "copies_now": 0, "pinned": 0}
+    assert counts == {"launches": 5, "copies": 0, "bytes_copied": 0, "copies_now": 0, "pinned": 0, "unpinned": 0}
 
     with device.counting() as counts:
         for param in params:
@@ -372,19 +397,55 @@ def test_copies_that_are_not_done_keep_their_memory(device: Device) -> None:
     assert_same_state(on_device, on_cpu)
 
 
-def test_a_failed_allocation_changes_nothing(device: Device) -> None:
+@pytest.mark.parametrize("what", ["allocations", "launches"])
+def test_a_device_that_fails_changes_nothing(what: str, device: Device) -> None:
     params = [Parameter(torch.ones(3))]
     params[0].grad = torch.ones(3)
     optimizer = fusedopt.Adam(params)
     device.use(numbers=False)
-    device.set("fail_allocations", 1)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    device.set(f"fail_{what}", 1)
+    with pytest.raises(RuntimeError, match=r"out of memory|no kernel image"):
         optimizer.step()
     assert torch.equal(params[0].detach(), torch.ones(3)) and not optimizer.state
-    device.set("fail_allocations", 0)
+    device.set(f"fail_{what}", 0)
     optimizer.step()
     assert float(optimizer.state[params[0]]["step"]) == 1
     assert not torch.equal(params[0].detach(), torch.ones(3))
+
+
+def test_a_layout_that_changed_in_failed_steps(device: Device) -> None:
+    """The steps that fail read the new layouts; the next one must still upload them, wherever they lie."""
+    on_device, on_cpu = twins(lambda p: fusedopt.Adam(p), [12, 3])
+    step_both(device, on_device, on_cpu, 0)
+    for stride in (2, 3, 4, 5):
+        for optimizer in (on_device, on_cpu):
+            param = optimizer.param_groups[0]["params"][0]
+            buffer = torch.arange(100.0)
+            param.data = buffer.as_strided((4, 3), (3 * stride, stride))
+            for name in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[param][name] = optimizer.state[param][name].view(4, 3)
+        if stride < 5:
+            for optimizer in (on_device, on_cpu):
+                optimizer.param_groups[0]["betas"] = (1.0, 0.999)  # no step can be made with these
+            with pytest.raises(ValueError, match="beta1"):
+                step_both(device, on_device, on_cpu, stride)
+            device.leave()
+            for optimizer in (on_device, on_cpu):
+                optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+    step_both(device, on_device, on_cpu, 9)
+    assert_same_state(on_device, on_cpu)
+
+
+def test_what_an_optimizer_held_is_freed(device: Device) -> None:
+    with device.counting() as counts:
+        for _ in range(5):
+            params, optimizer = make_all(device, 3)
+            for _ in range(3):
+                params[0].grad = torch.ones(7)
+                optimizer.step()
+            del optimizer
+            gc.collect()
+    assert counts["pinned"] == counts["unpinned"] > 0
 
 
 def test_a_tensor_the_device_cannot_read_is_named(device: Device) -> None:
@@ -501,3 +562,28 @@ def test_what_cannot_be_captured_says_so(device: Device) -> None:
     with device.capture(), pytest.raises(RuntimeError, match="step before capturing"):
         fresh.step()
     assert not fresh.state
+
+
+def test_update_captured_between_other_steps(device: Device) -> None:
+    on_device, on_cpu, _ = captured_pair(device, [500, 7])
+    device.use(numbers=True)
+    with device.capture(), pytest.raises(RuntimeError, match="no part of a graph"):
+        on_device.update_captured()
+    for optimizer in (on_device, on_cpu):
+        optimizer.add_param_group({"params": [Parameter(torch.ones(20))], "weight_decay": 0.5})
+    with pytest.raises(RuntimeError, match="number of parameter groups has changed"):
+        on_device.update_captured()
+    step_both(device, on_device, on_cpu, 20, numbers=True)  # the tables are in order
+    assert_same_state(on_device, on_cpu)
+    # Captured anew, with the new group: the old graph's table is passed over.
+    device.use(numbers=True)
+    with device.capture() as replay:
+        on_device.step()
+    for optimizer in (on_device, on_cpu):
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-3
+    on_device.update_captured()
+    replay()
+    device.leave()
+    on_cpu.step()
+    assert_same_state(on_device, on_cpu)

@@ -1,6 +1,8 @@
 """On a GPU: the CPU's bits, one launch, graphs, streams, AMP, large tensors. Skipped where there is none."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,8 +190,9 @@ def test_no_synchronisation(fused: bool) -> None:
     optimizer.step()
     torch.cuda.synchronize()
     scale, found_inf = torch.tensor(2.0, device="cuda"), torch.tensor(0.0, device="cuda")
-    busy = torch.cuda.Event()
+    slept = torch.cuda.Event()
     torch.cuda._sleep(2_000_000_000)  # about a second
+    slept.record()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(10):
@@ -200,8 +203,7 @@ def test_no_synchronisation(fused: bool) -> None:
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    busy.record()
-    assert not busy.query()  # the device still sleeps: nothing above waited for it
+    assert not slept.query()  # nothing above waited for the device
     torch.cuda.synchronize()
 
 
@@ -296,7 +298,10 @@ def test_a_graph_outlives_its_optimizer() -> None:
     with torch.cuda.graph(graph):
         optimizer.step()
     state = dict(optimizer.state[param])  # the graph's tensors must live, as in torch
+    gone = weakref.ref(optimizer)
     del optimizer
+    gc.collect()
+    assert gone() is None
     rubbish = [torch.full((1 << 16,), 7.0, device="cuda") for _ in range(50)]
     before = param.detach().clone()
     graph.replay()

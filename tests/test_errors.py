@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optimizers import BY_ID, VARIANTS, Row, name_of
@@ -599,3 +600,19 @@ def test_messages_are_short() -> None:
             m.optimizer.step()
         assert len(str(caught.value)) < 400, str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_gradient_moved_into_written_memory_while_others_changed(way: str) -> None:
+    """Another parameter's change makes the scan begin anew; what it saw of the first must not be forgotten."""
+    params = [Parameter(torch.ones(50)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.ones(50)
+    optimizer = BY_ID["adam"].make(params)
+    for _ in range(3):
+        optimizer.step()
+    before = [p.detach().clone() for p in params]
+    params[0].grad = params[1].data
+    params[2].grad = torch.from_numpy(np.ones(50, dtype=np.float32))  # not torch's memory: read anew
+    with pytest.raises(RuntimeError, match="the gradient shares memory"):
+        optimizer.step()
+    assert all(torch.equal(p.detach(), b) for p, b in zip(params, before, strict=True))

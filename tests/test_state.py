@@ -694,3 +694,19 @@ def test_beta1_of_one_changes_nothing() -> None:
         optimizer.step()
     assert_same_bits(p.detach(), before)
     assert optimizer.state[p]["step"] == 1
+
+
+@pytest.mark.parametrize("option", ["fused", "capturable"])
+def test_step_counts_lie_where_the_options_kept_want_them(option: str) -> None:
+    """A checkpoint that lacks the option keeps the live one's, and with it the place of the counts."""
+    optimizer = fusedopt.Adam([p := Parameter(torch.ones(3))], **{option: True})
+    p.grad = torch.ones(3)
+    optimizer.step()
+    checkpoint = optimizer.state_dict()
+    for group in checkpoint["param_groups"]:
+        del group["fused"], group["capturable"]
+    with torch.device("meta"):  # stands for a GPU
+        other = fusedopt.Adam([q := Parameter(torch.ones(3))], **{option: True})
+    other.load_state_dict(copy.deepcopy(checkpoint))
+    assert other.param_groups[0][option]
+    assert other.state[q]["step"].device == q.device
