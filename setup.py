@@ -1,6 +1,7 @@
 """Hands the native core over to CMakeLists.txt, the only description of the build."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ class CMakeBuild(build_ext):
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
             "FUSEDOPT_VERSION": self.distribution.get_version(),
             "Python_EXECUTABLE": sys.executable,
+            # Named anew each time: what an earlier isolated build cached is gone.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         # Users' switches, by the same names, from the environment.

@@ -3,6 +3,9 @@
 # benchmarks. Every stage runs, whatever became of the others; the last lines say what became of each, and the exit
 # status is 1 if any failed. Logs and results: $OUT, by default benchmarks/results/gpu-out.
 #
+# python3 needs torch with CUDA, numpy, pytest (ml_dtypes and pytest-xdist if there are), pybind11, cmake, ninja. The
+# build replaces fusedopt/_C*.so by one for this machine's GPU.
+#
 # In the stages the status 77 means: skipped, and the log's last line says why.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -43,7 +46,9 @@ PYTHON
 build() {
   # What an earlier build left must not be taken for this one's.
   rm -f "fusedopt/_C$(python3 -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
-  export FUSEDOPT_CUDA=on FUSEDOPT_CUDA_ARCHS=90
+  # This machine's architecture alone: 90 for 9.0.
+  FUSEDOPT_CUDA_ARCHS="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)"
+  export FUSEDOPT_CUDA=on FUSEDOPT_CUDA_ARCHS
   if ! python3 setup.py build_ext --inplace; then
     # An old setuptools may not read pyproject.toml; CMakeLists.txt needs none.
     echo "setup.py failed: trying cmake by itself"

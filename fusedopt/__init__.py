@@ -1,4 +1,4 @@
-"""Fused multi-tensor optimizers for PyTorch: torch.optim's classes, one native call a step, the same bits everywhere.
+"""Fused multi-tensor Adam and AdamW for PyTorch: torch.optim's classes, one native call a step, the same bits on all.
 
 import fusedopt
 optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4)

@@ -24,7 +24,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         lr: learning rate, a float or a one-element tensor, whose value is read in every step (default: 1e-3). A CUDA
             tensor is read by the kernel; it needs `capturable` or `fused`.
         betas: decay rates of the moments, two floats or two one-element tensors, 0 <= beta < 1 (default: (0.9, 0.999)).
-            CUDA tensors as for lr; their powers are the device's, whose last bit may differ.
+            Tensors stand for the numbers they hold (torch's loop rounds in their dtype, so the last digits differ);
+            CUDA tensors as for lr, with the device's powers, whose last bit may differ.
         eps: added to the denominator (default: 1e-8). Moments below the smallest normal number of the arithmetic
             (1.2e-38, or 2.2e-308 for float64) are stored as zero if eps >= 1e-10.
         weight_decay: coefficient (default: 0).

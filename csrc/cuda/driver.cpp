@@ -151,10 +151,6 @@ void Table::prepare(const StepInfo& info, bool changed) {
   const size_t num_more = scalars_.size() > kInlineScalars ? scalars_.size() : 0;
   const size_t groups_size = on_device_ ? info.groups_size : 0;
   const bool capturing = cuda_->is_capturing(info.stream);
-  if (capturing && !scalars_.empty()) {
-    throw std::runtime_error(
-        "a step that counts on the host cannot be captured in a CUDA graph: make the optimizer with capturable=True");
-  }
   const bool all = rows_changed_ || changed || capturing || num_more != num_more_ || groups_size != groups_size_;
   if (all) {
     rows_changed_ = true;  // until the image is where it belongs

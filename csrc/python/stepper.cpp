@@ -646,6 +646,13 @@ int64_t Stepper::prepare_rows(Scan* scan) {
       continue;
     }
     if (row.scalars) row.scalars = nullptr;  // not the CPU's
+    if (!entry.step_on_device && (!last_on_device || last_on_device->device != entry.device)) {
+      const TorchDevice current(entry.device);
+      if (cuda::runtime()->is_capturing(current_stream(entry.device)))
+        fail(name(entry, *scan), "its step count",
+             "is on the CPU, and such a step cannot be captured in a CUDA graph: make the optimizer with "
+             "capturable=True");
+    }
     if (!last_on_device || last_on_device->device != entry.device || last_on_device->dtype != entry.dtype)
       table = &this->table(entry.device, entry.dtype);
     last_on_device = &entry;

@@ -151,7 +151,8 @@ bool read_tensor(PyObject* tensor, TensorView* out, std::string* why) {
   }
   dlpack::Tensor raw;
   if (read_dlpack(tensor, &raw) != 0) {
-    *why = "cannot be read: " + exception_text();
+    *why = "cannot be read: " + exception_text() +
+           "; it must be a strided tensor in the memory of the CPU or of a CUDA device";
     return false;
   }
   out->device = pretend == Pretend::kNothing ? kCpu : 0;
