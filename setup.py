@@ -27,8 +27,9 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
-        # Users' switches, by the same names, from the environment.
-        definitions |= {name: value for name, value in os.environ.items() if name.startswith("FUSEDOPT_")}
+        # Users' switches, by the same names, from the environment; each time, or the last build's would stay.
+        switches = {"FUSEDOPT_CUDA": "auto", "FUSEDOPT_CUDA_ARCHS": "", "FUSEDOPT_SANITIZE": ""}
+        definitions |= {name: os.environ.get(name, default) for name, default in switches.items()}
         flags = [f"-D{name}={value}" for name, value in definitions.items()]
         subprocess.run(["cmake", "-G", "Ninja", "-S", SOURCE, "-B", build, *flags], check=True)
         subprocess.run(["cmake", "--build", build], check=True)
