@@ -100,26 +100,32 @@ std::string device_name(int device) { return device == kCpu ? "cpu" : "cuda:" + 
 static Pretend pretend = Pretend::kNothing;
 void pretend_cuda(Pretend what) { pretend = what; }
 
+// A function of torch._C, kept for the life of the process.
+static py::handle torch_function(const char* name) {
+  return py::object(py::module_::import("torch._C").attr(name)).release();
+}
+
 void* current_stream(int device) {
   if (pretend != Pretend::kNothing) return nullptr;
   // Not DLPack's, which is null where torch was built without it: that is the legacy stream.
-  static const py::handle raw = py::object(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")).release();
-  return reinterpret_cast<void*>(raw(device).cast<uintptr_t>());
+  static const py::handle get = torch_function("_cuda_getCurrentRawStream");
+  return reinterpret_cast<void*>(get(device).cast<uintptr_t>());
 }
 
 TorchDevice::TorchDevice(int device) {
   if (device == kCpu || pretend != Pretend::kNothing) return;
-  const py::module_ torch = py::module_::import("torch._C");
-  const int current = torch.attr("_cuda_getDevice")().cast<int>();
+  static const py::handle get = torch_function("_cuda_getDevice"), set = torch_function("_cuda_setDevice");
+  const int current = get().cast<int>();
   if (current == device) return;
-  torch.attr("_cuda_setDevice")(device);
+  set(device);
+  set_ = set;
   before_ = current;
 }
 
 TorchDevice::~TorchDevice() {
   if (before_ == kCpu) return;
   try {
-    py::module_::import("torch._C").attr("_cuda_setDevice")(before_);
+    set_(before_);
   } catch (py::error_already_set&) {
     // The process is ending.
   }

@@ -43,6 +43,7 @@ class TorchDevice {
   TorchDevice(const TorchDevice&) = delete;
 
  private:
+  py::handle set_;
   int before_ = kCpu;
 };
 
