@@ -16,10 +16,14 @@ extern "C" __attribute__((weak)) void GOMP_parallel(void (*body)(void*), void* d
 
 namespace fusedopt {
 
-// Large enough that taking a unit costs nothing beside it, small enough to balance two threads.
+// The smallest unit: large enough that taking one costs nothing beside it.
 static int64_t chunk = 16384;
-// With fewer units than this for each, waking a thread takes longer than it saves.
+// With less than this many of them for each, waking a thread takes longer than it saves.
 static constexpr int64_t kUnitsPerThread = 4;
+// A thread that stays in one place for longer is up to a fifth faster where memory is; so units grow with the step, to
+// this many of the smallest, as long as there are enough of them to share out evenly.
+static constexpr int64_t kLargestUnit = 16;
+static constexpr int64_t kEnoughUnits = 8;
 
 static std::atomic<bool> forked{false};
 // A parallel region in a child would wait for ever for threads that fork did not copy.
@@ -63,8 +67,9 @@ int useful_threads(int64_t cost, int max_threads) {
 void run_rows(const TensorRow* rows, int64_t num_rows, int64_t cost, int max_threads) {
   if (num_rows == 0) return;
   const Target& target = current_target();
-  parallel_for(cost, chunk, useful_threads(cost, max_threads),
-               [&](int64_t begin, int64_t end) { target.run(rows, num_rows, begin, end); });
+  const int threads = useful_threads(cost, max_threads);
+  const int64_t unit = std::min(std::max(cost / (threads * kEnoughUnits), chunk), chunk * kLargestUnit);
+  parallel_for(cost, unit, threads, [&](int64_t begin, int64_t end) { target.run(rows, num_rows, begin, end); });
 }
 
 }  // namespace fusedopt
