@@ -114,17 +114,7 @@ def assigned(params: list[Parameter], grads: list[Tensor]) -> None:
 # --- correctness ---------------------------------------------------------------------------------------------------
 
 sys.path.append(str(harness.ROOT / "tests"))
-try:
-    from reference import assert_same_bits
-except ImportError:  # it needs ml_dtypes
-
-    def assert_same_bits(actual: Tensor, expected: Tensor, message: str = "") -> None:
-        a, e = actual.detach().cpu(), expected.detach().cpu()
-        assert a.dtype == e.dtype and a.shape == e.shape, f"{message}: {a.dtype} {a.shape}, not {e.dtype} {e.shape}"
-        bits = torch.int16 if a.element_size() == 2 else torch.int32
-        wrong = int((a.flatten().view(bits) != e.flatten().view(bits)).sum())
-        assert not wrong, f"{message}: {wrong} of {a.numel()} differ"
-
+from reference import assert_same_bits
 
 # Of a rival: relative to the value or to the tensor's mean magnitude, whichever is more. 16-bit rivals round every
 # operation, we round what is stored. The learning rate of a check is large, so that what an update adds shows.

@@ -243,6 +243,17 @@ def test_a_schedule_of_betas_keeps_no_tables(device: Device) -> None:
     assert_same_state(on_device, on_cpu)  # the device's pow is the host's here
 
 
+def test_a_schedule_of_betas_costs_other_optimizers_nothing(device: Device) -> None:
+    """What one optimizer did must not change the bits of another: it gets its table."""
+    params, scheduled = make_all(device, 1, capturable=True)
+    for step in range(30):
+        scheduled.param_groups[0]["betas"] = (0.7 + 0.001 * step, 0.98)
+        scheduled.step()
+    with device.counting() as counts:
+        make_all(device, 1, capturable=True, betas=(0.654, 0.987))
+    assert counts["copies_now"] == 1
+
+
 def test_counts_on_the_host_need_no_table_of_corrections(device: Device) -> None:
     with device.counting() as counts:
         make_all(device, 3, betas=(0.77, 0.99999))

@@ -18,7 +18,7 @@ int useful_threads(int64_t cost, int max_threads);
 // bits of the result depend on none of the numbers here.
 void run_rows(const TensorRow* rows, int64_t num_rows, int64_t cost, int max_threads);
 
-// The size of a unit of work, in elements of cost.
+// The size of the smallest unit of work, in elements of cost.
 int64_t chunk_size();
 void set_chunk_size(int64_t elements);
 

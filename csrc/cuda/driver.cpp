@@ -150,8 +150,7 @@ void Table::prepare(const StepInfo& info, bool changed) {
   }
   const size_t num_more = scalars_.size() > kInlineScalars ? scalars_.size() : 0;
   const size_t groups_size = on_device_ ? info.groups_size : 0;
-  const bool capturing = cuda_->is_capturing(info.stream);
-  const bool all = rows_changed_ || changed || capturing || num_more != num_more_ || groups_size != groups_size_;
+  const bool all = rows_changed_ || changed || info.capturing || num_more != num_more_ || groups_size != groups_size_;
   if (all) {
     rows_changed_ = true;  // until the image is where it belongs
     num_more_ = num_more;
@@ -169,7 +168,7 @@ void Table::prepare(const StepInfo& info, bool changed) {
   }
 
   std::byte* at;
-  if (capturing) {
+  if (info.capturing) {
     // The graph gets a table of its own, which nothing else writes and nothing frees.
     at = static_cast<std::byte*>(cuda_->allocate(info.device, image_.size()));
     cuda_->copy_now(info.device, at, image_.data(), image_.size());
@@ -215,7 +214,7 @@ void Table::launch() {
 }
 
 void Table::update_captured(const StepInfo& info) {
-  if (cuda_->is_capturing(info.stream))
+  if (info.capturing)
     throw std::runtime_error("update_captured() is no part of a graph: call it outside");
   bool any = false, none = true;
   for (const Captured& captured : captured_) {

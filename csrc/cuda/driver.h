@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -37,6 +36,7 @@ struct StepInfo {
   const float *found_inf, *grad_scale;
   int device;
   void* stream;
+  bool capturing;  // the stream is being captured in a graph
 };
 
 // The table of one device and dtype.

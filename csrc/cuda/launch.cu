@@ -75,18 +75,23 @@ const char* why_not() {
   return reason.empty() ? nullptr : reason.c_str();
 }
 
+// Does something and waits for it. Not on the legacy stream, which must not be touched while another is captured.
+template <class F>
+void on_own_stream(const char* what, F f) {
+  cudaStream_t stream;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  const cudaError_t error = f(stream);
+  cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  check(error, what);
+}
+
 void* allocate(int device, size_t bytes) {
   use(device);
   const OutsideCapture outside;
   void* memory = nullptr;
   check(cudaMalloc(&memory, bytes), "allocating the table");
-  // On a stream of its own: the legacy stream must not be touched while another is captured.
-  cudaStream_t stream;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-  const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, stream);
-  cudaStreamSynchronize(stream);
-  cudaStreamDestroy(stream);
-  check(error, "clearing the table");
+  on_own_stream("clearing the table", [&](cudaStream_t stream) { return cudaMemsetAsync(memory, 0, bytes, stream); });
   return memory;
 }
 
@@ -132,12 +137,9 @@ bool is_done(void* event) {
 void copy_now(int device, void* to, const void* from, size_t bytes) {
   use(device);
   const OutsideCapture outside;
-  cudaStream_t stream;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
-  cudaStreamSynchronize(stream);
-  cudaStreamDestroy(stream);
-  check(error, "uploading the table");
+  on_own_stream("uploading the table", [&](cudaStream_t stream) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
+  });
 }
 
 bool is_capturing(void* stream) {

@@ -1,4 +1,4 @@
-// What the kernel reads: plain data, made by plan.h on the host and uploaded as it is.
+// What the kernel reads: plain data, made by driver.cpp on the host and uploaded as it is.
 #pragma once
 
 #include <cstddef>
@@ -57,8 +57,8 @@ struct Where {
   int64_t num_rows, num_chunks;
   const void* groups;        // Group<Rule>[], null if all step counts are the host's
   const void* more_scalars;  // Scalars[], null if those that travel with the launch are all
-  // What GradScaler left, null if nothing: a step with *found_inf != 0 changes nothing; gradients are divided by
-  // *scale.
+  // What GradScaler left, null if nothing: a step with *found_inf != 0 changes nothing; gradients are multiplied by
+  // the reciprocal of *grad_scale.
   const float* found_inf;
   const float* grad_scale;
   unsigned* blocks_done;  // zero between launches

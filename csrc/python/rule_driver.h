@@ -297,11 +297,19 @@ class RuleDriverOf final : public RuleDriver {
     for (int t = 0; t < 3; ++t) first[t] = Rule::corrections(options, t + 1);
     if (const char* problem = Rule::problem(first[0])) throw std::domain_error(problem);
     std::string key(reinterpret_cast<const char*>(first), sizeof first);
-    for (const Corrections& known : corrections_) {
-      if (known.runtime == cuda::runtime() && known.device == device && known.key == key) return &known;
+    const auto is_wanted = [&](const Corrections& c) {
+      return c.runtime == cuda::runtime() && c.device == device && c.key == key;
+    };
+    int used_here = 0;
+    for (const Corrections* known : used_) {
+      if (is_wanted(*known)) return known;
+      used_here += known->device == device;
     }
-    // So many different betas are a schedule's: the device uses its own pow for the rest.
-    if (corrections_.size() >= 16) return nullptr;
+    // So many different betas of one optimizer are a schedule's: the device uses its own pow for the rest.
+    if (used_here >= 16) return nullptr;
+    for (const Corrections& known : corrections_) {
+      if (is_wanted(known)) return used_.push_back(&known), &known;
+    }
     // Beyond this many, too; reached only with a beta above 0.99996.
     constexpr double kMost = 1 << 20;
     const double last = Rule::last_step(options);
@@ -312,11 +320,13 @@ class RuleDriverOf final : public RuleDriver {
     void* at = cuda::runtime()->allocate(device, bytes);
     cuda::runtime()->copy_now(device, at, all.data(), bytes);
     corrections_.push_back({cuda::runtime(), device, std::move(key), at, static_cast<int64_t>(all.size()), final});
-    return &corrections_.back();
+    used_.push_back(&corrections_.back());
+    return used_.back();
   }
 
   PyObject* keys_[Rule::kNumKeys];
   static inline std::deque<Corrections> corrections_;
+  std::vector<const Corrections*> used_;  // by this optimizer: what others did must not change its bits
   std::vector<std::byte> device_groups_;
   Unscale unscale_;
   std::vector<PerGroup> groups_;

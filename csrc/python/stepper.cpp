@@ -168,10 +168,6 @@ class Stepper::Scan {
     moved_grads.clear();
     cost = 0;
   }
-  void add(PyObject* param, int64_t numel) {
-    written.push_back(param);
-    cost += numel;
-  }
   // The gradient's Python object, None if there is none.
   PyObject* hold_grad(PyObject* param) {
     PyObject* grad = get_grad(param);
@@ -433,12 +429,17 @@ bool Stepper::scan_quickly(Scan* scan, int max_threads) {
   });
   if (changed) return false;
   for (size_t n = 0; n < entries_.size(); ++n) {
-    if (looks_[n] == Look::kNoGrad) continue;
-    scan->add(entries_[n].param, entries_[n].device == kCpu ? rows_[n].numel : 0);
-    scan->memory_changed |= !entries_[n].in_memory;
-    if (looks_[n] == Look::kGradMoved) scan->moved_grads.push_back(n);
+    if (looks_[n] != Look::kNoGrad) take_part(n, entries_[n].param, looks_[n], scan);
   }
   return scan->cost <= kReleaseCost;
+}
+
+// Notes a parameter with a gradient.
+void Stepper::take_part(size_t n, PyObject* param, Look found, Scan* scan) {
+  scan->written.push_back(param);
+  if (entries_[n].device == kCpu) scan->cost += rows_[n].numel;
+  scan->memory_changed |= !entries_[n].in_memory;
+  if (found == Look::kGradMoved) scan->moved_grads.push_back(n);
 }
 
 // Looks at one parameter after the other and holds a reference to every gradient and all state.
@@ -455,9 +456,7 @@ void Stepper::scan_holding(Scan* scan) {
       scan->held.keep(param);
       const Look found = look(n, g, n - first, param, scan, &grad);
       if (found == Look::kNoGrad) continue;
-      scan->add(param, entries_[n].device == kCpu ? rows_[n].numel : 0);
-      scan->memory_changed |= !entries_[n].in_memory;
-      if (found == Look::kGradMoved) scan->moved_grads.push_back(n);
+      take_part(n, param, found, scan);
       if (found == Look::kChanged) scan->dirty.push_back({n, param, grad});
     }
   }
@@ -467,7 +466,7 @@ void Stepper::scan_holding(Scan* scan) {
 // and returns false: that ran users' code perhaps, and the scan must begin anew.
 bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
   py::list missing;
-  std::vector<PyObject*> without_state;
+  std::vector<Dirty> without_state;
   Py_ssize_t next = 0;  // where the next parameter's state is likely to be
   for (const Dirty& dirty : scan->dirty) {
     Entry& entry = entries_[dirty.entry];
@@ -482,13 +481,15 @@ bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
     for (int k = 0; k < num_states; ++k) names[k] = py::reinterpret_borrow<py::object>(state_names_[k]);
     missing.append(
         py::make_tuple(py::handle(dirty.param), names, py::handle(PyList_GET_ITEM(scan->groups.ptr(), entry.group))));
-    without_state.push_back(dirty.param);
+    without_state.push_back(dirty);
   }
   if (without_state.empty()) return true;
-  for (const Dirty& dirty : scan->dirty) {
+  int looked_at = kCpu;  // the device of the last one
+  for (const Dirty& dirty : without_state) {
     TensorView view;
     std::string why;
-    if (!read_tensor(dirty.param, &view, &why) || view.device == kCpu) continue;
+    if (!read_tensor(dirty.param, &view, &why) || view.device == looked_at || view.device == kCpu) continue;
+    looked_at = view.device;
     const TorchDevice current(view.device);
     if (cuda::runtime()->is_capturing(current_stream(view.device))) {
       fail(name(entries_[dirty.entry], *scan), "its state", "does not exist yet: make a step before capturing one");
@@ -497,7 +498,7 @@ bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
 
   const py::list made = new_states(missing);
   for (size_t i = 0; i < without_state.size(); ++i) {
-    PyObject* param = without_state[i];
+    PyObject* param = without_state[i].param;
     PyObject* before = PyDict_GetItemWithError(scan->state.ptr(), param);
     if (before) scan->held.keep(before);
     scan->made_state.emplace_back(param, before);
@@ -567,14 +568,14 @@ void Stepper::check_memory(Scan* scan) {
   check_grads(active, false);
 }
 
-cuda::Table& Stepper::table(int device, DType dtype) {
+Stepper::OnDevice& Stepper::on_device(int device, DType dtype) {
   for (const auto& known : tables_) {
-    if (known->device == device && known->dtype == dtype) return known->table;
+    if (known->device == device && known->dtype == dtype) return *known;
   }
   tables_.push_back(std::make_unique<OnDevice>());
   tables_.back()->device = device;
   tables_.back()->dtype = dtype;
-  return tables_.back()->table;
+  return *tables_.back();
 }
 
 cuda::StepInfo Stepper::step_info(int device, DType dtype, bool counts_there, Scan* scan) {
@@ -584,6 +585,7 @@ cuda::StepInfo Stepper::step_info(int device, DType dtype, bool counts_there, Sc
   info.scalars_size = rule_->scalars_size(dtype);
   info.device = device;
   info.stream = current_stream(device);
+  info.capturing = cuda::runtime()->is_capturing(info.stream);
   if (!counts_there) return info;
   const std::vector<std::byte>& groups = rule_->device_groups(device);
   info.groups = groups.data();
@@ -606,10 +608,15 @@ cuda::StepInfo Stepper::step_info(int device, DType dtype, bool counts_there, Sc
 // Gives every row that takes part its scalars and its place: in the CPU's running total, which it returns, or in the
 // table of its device and dtype.
 int64_t Stepper::prepare_rows(Scan* scan) {
-  for (const auto& known : tables_) known->table.begin();
-  cuda::Table* table = nullptr;  // the last row's
+  for (const auto& known : tables_) {
+    known->table.begin();
+    known->host_counted = nullptr;
+  }
+  OnDevice* there = nullptr;  // the last one's
   int64_t cost = 0;
-  const Entry *last = nullptr, *last_on_device = nullptr;
+  size_t group = SIZE_MAX;
+  int options_device = kCpu;
+  const Entry* last = nullptr;
   double last_step = 0;
   const void* scalars = nullptr;
   for (size_t n = 0; n < entries_.size(); ++n) {
@@ -617,7 +624,10 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     TensorRow& row = rows_[n];
     if (row.start != cost) row.start = cost;
     if (!entry.active) continue;
-    const int options_device = rule_->options_device(entry.group);
+    if (group != entry.group) {
+      group = entry.group;
+      options_device = rule_->options_device(group);
+    }
     if (entry.step_on_device) {
       if (options_device != kCpu && options_device != entry.device)
         fail(name(entry, *scan), "the parameter",
@@ -646,24 +656,20 @@ int64_t Stepper::prepare_rows(Scan* scan) {
       continue;
     }
     if (row.scalars) row.scalars = nullptr;  // not the CPU's
-    if (!entry.step_on_device && (!last_on_device || last_on_device->device != entry.device)) {
-      const TorchDevice current(entry.device);
-      if (cuda::runtime()->is_capturing(current_stream(entry.device)))
-        fail(name(entry, *scan), "its step count",
-             "is on the CPU, and such a step cannot be captured in a CUDA graph: make the optimizer with "
-             "capturable=True");
-    }
-    if (!last_on_device || last_on_device->device != entry.device || last_on_device->dtype != entry.dtype)
-      table = &this->table(entry.device, entry.dtype);
-    last_on_device = &entry;
-    table->add(row, {entry.step_on_device ? nullptr : scalars, static_cast<int32_t>(entry.group), entry.variant,
-                     entry.step_is_double, entry.step_on_device ? entry.step : nullptr});
+    if (!there || there->device != entry.device || there->dtype != entry.dtype)
+      there = &on_device(entry.device, entry.dtype);
+    if (!entry.step_on_device) there->host_counted = &entry;
+    there->table.add(row, {entry.step_on_device ? nullptr : scalars, static_cast<int32_t>(entry.group), entry.variant,
+                           entry.step_is_double, entry.step_on_device ? entry.step : nullptr});
   }
   for (const auto& known : tables_) {
     if (known->table.empty()) continue;
     const TorchDevice current(known->device);
     const cuda::StepInfo info = step_info(known->device, known->dtype, known->table.on_device(), scan);
-    if (cost > 0 && cuda::runtime()->is_capturing(info.stream))
+    if (info.capturing && known->host_counted)
+      fail(name(*known->host_counted, *scan), "its step count",
+           "is on the CPU, and such a step cannot be captured in a CUDA graph: make the optimizer with capturable=True");
+    if (info.capturing && cost > 0)
       throw std::runtime_error(optimizer_ + ": the step of a CPU parameter cannot be captured in a CUDA graph");
     known->table.prepare(info, refreshed_);
   }

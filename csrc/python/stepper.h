@@ -32,6 +32,12 @@ class Stepper {
   struct Entry;
   class Scan;
   class Busy;
+  struct OnDevice {
+    int device;
+    DType dtype;
+    cuda::Table table;
+    const Entry* host_counted = nullptr;  // a row of this step whose count is the host's
+  };
   struct Dirty {
     size_t entry;
     PyObject *param, *grad;  // held by the scan
@@ -43,13 +49,14 @@ class Stepper {
   void read_groups(Scan* scan);
   bool scan_quickly(Scan* scan, int max_threads);
   void scan_holding(Scan* scan);
+  void take_part(size_t n, PyObject* param, Look found, Scan* scan);
   Look look(size_t n, size_t group, size_t index, PyObject* param, Scan* scan, PyObject** grad);
   bool unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const;
   bool refresh_dirty(const py::function& new_states, Scan* scan);
   void refresh(const Dirty& dirty, PyObject* param_state, Scan* scan);
   void check_memory(Scan* scan);
   int64_t prepare_rows(Scan* scan);
-  cuda::Table& table(int device, DType dtype);
+  OnDevice& on_device(int device, DType dtype);
   cuda::StepInfo step_info(int device, DType dtype, bool counts_there, Scan* scan);
   ParamName name(const Entry& entry, const Scan& scan) const;
 
@@ -63,11 +70,6 @@ class Stepper {
   std::vector<Entry> entries_;  // one for each parameter, in the groups' order
   std::vector<TensorRow> rows_;
   std::vector<Look> looks_;  // a scan's finding for each entry
-  struct OnDevice {
-    int device;
-    DType dtype;
-    cuda::Table table;
-  };
   std::vector<std::unique_ptr<OnDevice>> tables_;
   WrittenMemory memory_;
   bool refreshed_ = false;         // a parameter was read anew since the tables were last prepared
