@@ -44,6 +44,9 @@ from fusedopt._config import _C
 from . import harness
 from .harness import Contender, Row, Samples, Skipped, Spread, Target, at_least, at_most, ratio_row
 
+sys.path.append(str(harness.ROOT / "tests"))
+from reference import assert_same_bits
+
 DEVICE = "cuda"
 KI, MI = 2**10, 2**20
 OURS, CAPTURABLE = "fusedopt", "fusedopt capturable"
@@ -112,9 +115,6 @@ def assigned(params: list[Parameter], grads: list[Tensor]) -> None:
 
 
 # --- correctness ---------------------------------------------------------------------------------------------------
-
-sys.path.append(str(harness.ROOT / "tests"))
-from reference import assert_same_bits
 
 # Of a rival: relative to the value or to the tensor's mean magnitude, whichever is more. 16-bit rivals round every
 # operation, we round what is stored. The learning rate of a check is large, so that what an update adds shows.

@@ -245,7 +245,7 @@ def test_a_schedule_of_betas_keeps_no_tables(device: Device) -> None:
 
 def test_a_schedule_of_betas_costs_other_optimizers_nothing(device: Device) -> None:
     """What one optimizer did must not change the bits of another: it gets its table."""
-    params, scheduled = make_all(device, 1, capturable=True)
+    _, scheduled = make_all(device, 1, capturable=True)
     for step in range(30):
         scheduled.param_groups[0]["betas"] = (0.7 + 0.001 * step, 0.98)
         scheduled.step()
