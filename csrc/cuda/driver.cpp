@@ -214,8 +214,7 @@ void Table::launch() {
 }
 
 void Table::update_captured(const StepInfo& info) {
-  if (info.capturing)
-    throw std::runtime_error("update_captured() is no part of a graph: call it outside");
+  if (info.capturing) throw std::runtime_error("update_captured() is no part of a graph: call it outside");
   bool any = false, none = true;
   for (const Captured& captured : captured_) {
     if (captured.groups_size == 0) continue;

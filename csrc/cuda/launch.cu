@@ -137,9 +137,8 @@ bool is_done(void* event) {
 void copy_now(int device, void* to, const void* from, size_t bytes) {
   use(device);
   const OutsideCapture outside;
-  on_own_stream("uploading the table", [&](cudaStream_t stream) {
-    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
-  });
+  on_own_stream("uploading the table",
+                [&](cudaStream_t stream) { return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream); });
 }
 
 bool is_capturing(void* stream) {

@@ -667,8 +667,9 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     const TorchDevice current(known->device);
     const cuda::StepInfo info = step_info(known->device, known->dtype, known->table.on_device(), scan);
     if (info.capturing && known->host_counted)
-      fail(name(*known->host_counted, *scan), "its step count",
-           "is on the CPU, and such a step cannot be captured in a CUDA graph: make the optimizer with capturable=True");
+      fail(
+          name(*known->host_counted, *scan), "its step count",
+          "is on the CPU, and such a step cannot be captured in a CUDA graph: make the optimizer with capturable=True");
     if (info.capturing && cost > 0)
       throw std::runtime_error(optimizer_ + ": the step of a CPU parameter cannot be captured in a CUDA graph");
     known->table.prepare(info, refreshed_);
