@@ -19,13 +19,31 @@ constexpr int kNumDTypes = 4;
 
 // The dimensions of a parameter whose streams are not all dense in one common order: sorted by the parameter's
 // strides, those that can be walked as one merged, strides in elements.
+struct SparseGrad;
+
 struct Layout {
   struct Dim {
     int64_t size;
     int64_t stride[kMaxStreams];
   };
+  const SparseGrad* sparse = nullptr;  // then the dimensions are those of one of its rows; none if all are dense there
   int ndim = 0;
   Dim dim[kMaxDims];  // the last one varies fastest
+};
+
+// A sparse (COO) gradient. Value v is a row of elements which belongs where indices[.][v] says, one index for each
+// sparse dimension. A TensorRow walks the rows that it touches, one behind the other, and no others.
+struct SparseGrad {
+  const int64_t* indices;
+  int64_t dim_stride, value_stride;  // from one index of a value to its next, from one value's to the next value's
+  int64_t grad_stride;               // elements from one value to the next
+  int64_t row_numel;                 // elements of a row
+  int num_dims;
+  const Layout::Dim* dims;  // the sparse ones of the parameter and its state
+  // Values that belong in one place are added up: row r is the sum of the values order[first[r]] to
+  // order[first[r + 1] - 1], in this order. Null: row r is value r alone.
+  const int64_t* order;
+  const int64_t* first;
 };
 
 struct TensorRow;

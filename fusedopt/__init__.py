@@ -1,11 +1,13 @@
-"""Fused multi-tensor Adam and AdamW for PyTorch: torch.optim's classes, one native call a step, the same bits on all.
+"""Fused multi-tensor optimizers for PyTorch: torch.optim's classes, one native call a step, the same bits everywhere.
 
 import fusedopt
 optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4)
 """
 
 from ._config import __version__, show_config
+from .adagrad import Adagrad
 from .adam import Adam
 from .adamw import AdamW
+from .radam import RAdam
 
-__all__ = ["Adam", "AdamW", "__version__", "show_config"]
+__all__ = ["Adagrad", "Adam", "AdamW", "RAdam", "__version__", "show_config"]

@@ -6,13 +6,18 @@ import warnings
 from collections.abc import Callable
 from functools import cached_property
 from sys import intern
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ._config import _C
+
+
+def _counts_on_device(group: dict[str, Any]) -> bool:
+    """Whether the step counts of a group lie beside its parameters. Not every class has both options."""
+    return bool(group.get("capturable") or group.get("fused"))
 
 
 class FusedOptimizer(Optimizer):
@@ -23,6 +28,15 @@ class FusedOptimizer(Optimizer):
     """
 
     _rule: str
+    # Options that the torch class does not have, with the values at which ours does what it does.
+    _own_options: ClassVar[dict[str, Any]] = {}
+
+    def _add_options(self, **options: Any) -> None:
+        """Give the groups, those to come too, options that the torch class's constructor does not take."""
+        self.defaults.update(options)
+        for group in self.param_groups:
+            for name, value in options.items():
+                group.setdefault(name, value)
 
     # GradScaler hands its scale and its verdict to the step (`grad_scale`, `found_inf`) instead of unscaling first.
     # Torch's own path, taken when differentiable, cannot honour them; nor can a step that counts on the CPU know a
@@ -30,7 +44,7 @@ class FusedOptimizer(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         return not self._any_differentiable() and all(
-            group["fused"] or group["capturable"] or not any(param.is_cuda for param in group["params"])
+            _counts_on_device(group) or not any(param.is_cuda for param in group["params"])
             for group in self.param_groups
         )
 
@@ -99,15 +113,26 @@ class FusedOptimizer(Optimizer):
         self._stepper.update_captured(self.param_groups)
 
     def _torch_step(self, closure: Callable[[], Any] | None) -> Any:
+        for index, group in enumerate(self.param_groups):
+            for name, value in self._own_options.items():
+                if group[name] != value:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: param_groups[{index}]['{name}'] is {group[name]!r}, which torch's own "
+                        f"step does not know, and a group with differentiable=True takes that; use {value!r} there"
+                    )
         step: Any = super().step
         # Beneath the wrapper that fires the hooks: ours has fired them.
         if getattr(step, "hooked", False):
             return step.__wrapped__(self, closure)
         return step(closure)
 
-    @staticmethod
-    def _new_states(missing: list[tuple[Tensor, tuple[str, ...], dict[str, Any]]]) -> list[dict[str, Tensor]]:
-        """Zeros for parameters that have no state yet; the step counts of a device are views of one buffer.
+    def _initial_state(self, param: Tensor, name: str) -> Tensor:
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def _new_states(
+        self, missing: list[tuple[Tensor, tuple[str, ...], dict[str, Any]]]
+    ) -> list[dict[str, Tensor]]:
+        """State for parameters that have none yet; the step counts of a device are views of one buffer.
 
         Each is given as the parameter, the names of its state, its group. As in torch, a step count lives beside a CUDA
         parameter if the group is capturable or fused, else on the CPU.
@@ -115,8 +140,8 @@ class FusedOptimizer(Optimizer):
         with torch.no_grad():
             dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
             where = [
-                (param.device, torch.float32 if group["fused"] else dtype)
-                if group["capturable"] or group["fused"]
+                (param.device, torch.float32 if group.get("fused") else dtype)
+                if _counts_on_device(group)
                 else (torch.device("cpu"), dtype)
                 for param, _, group in missing
             ]
@@ -124,7 +149,7 @@ class FusedOptimizer(Optimizer):
             return [
                 {
                     "step": next(steps[at]),
-                    **{name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in names},
+                    **{name: self._initial_state(param, name) for name in names},
                 }
                 for at, (param, names, _) in zip(where, missing, strict=True)
             ]
@@ -135,7 +160,7 @@ class FusedOptimizer(Optimizer):
             for key, value in live.items():
                 loaded.setdefault(key, value)
             # torch has placed the step counts by what the checkpoint says.
-            if loaded.get("fused") or loaded.get("capturable"):
+            if _counts_on_device(loaded):
                 for param in loaded["params"]:
                     step = state["state"].get(param, {}).get("step")
                     if isinstance(step, Tensor):

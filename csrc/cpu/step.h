@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "../rules/rules.h"
 #include "../table.h"
@@ -80,12 +81,125 @@ struct Step {
     }
   }
 
+  // The rows that a sparse gradient touches. Its values go through a buffer, in opmath, where they are added up.
+  static void sparse(const TensorRow& row, int64_t begin, int64_t end) {
+    if (row.layout->ndim == 0 && row.layout->sparse->row_numel >= Lane::kWidth) return whole_rows(row, begin, end);
+    single_elements(row, begin, end);
+  }
+
+  // Rows that are dense in all streams: updated where they lie.
+  static void whole_rows(const TensorRow& row, int64_t begin, int64_t end) {
+    constexpr int64_t kRun = 256;
+    alignas(64) G buffer[kRun];
+    const SparseGrad& sparse = *row.layout->sparse;
+    const Scalars scalars = *static_cast<const Scalars*>(row.scalars);
+    while (begin < end) {
+      const int64_t r = begin / sparse.row_numel, from = begin % sparse.row_numel;
+      int64_t run = sparse.row_numel - from;
+      if (run > end - begin) run = end - begin;
+      if (run > kRun) run = kRun;
+      if (from == 0) prefetch(row, r + kRowsAhead, (end - 1) / sparse.row_numel);
+      add_up(scalars, row, r, from, run, buffer);
+      std::byte* data[kNumStreams];
+      locate(row, r, data);
+      for (int k = 0; k < kNumStreams; ++k) data[k] += from * sizeof(S);
+      data[kGrad] = reinterpret_cast<std::byte*>(buffer);
+      dense(scalars, data, 0, run);
+      begin += run;
+    }
+  }
+
+  // Any rows: an element at a time into buffers, and back.
+  static void single_elements(const TensorRow& row, int64_t begin, int64_t end) {
+    constexpr int64_t kRun = 256;
+    alignas(64) std::byte buffer[kNumStreams][kRun * sizeof(typename Lane::Scalar)];
+    std::byte* at[kRun][kNumStreams];
+    std::byte* data[kNumStreams];
+    for (int k = 0; k < kNumStreams; ++k) data[k] = buffer[k];
+    const Layout& layout = *row.layout;
+    const SparseGrad& sparse = *layout.sparse;
+    const Scalars scalars = *static_cast<const Scalars*>(row.scalars);
+    while (begin < end) {
+      const int64_t run = end - begin < kRun ? end - begin : kRun;
+      for (int64_t i = 0; i < run; ++i) {
+        const int64_t r = (begin + i) / sparse.row_numel;
+        int64_t rest = (begin + i) % sparse.row_numel, offset[kNumStreams];
+        for (int k = 0; k < kNumStreams; ++k) offset[k] = layout.ndim == 0 ? rest : 0;
+        for (int d = layout.ndim - 1; d >= 0; --d) {
+          const int64_t index = rest % layout.dim[d].size;
+          rest /= layout.dim[d].size;
+          for (int k = 0; k < kNumStreams; ++k) offset[k] += index * layout.dim[d].stride[k];
+        }
+        locate(row, r, at[i]);
+        add_up(scalars, row, r, offset[kGrad], 1, reinterpret_cast<G*>(buffer[kGrad]) + i);
+        for (int k = 0; k < kNumStreams; ++k) {
+          if (k == kGrad) continue;
+          at[i][k] += offset[k] * sizeof(S);
+          std::memcpy(buffer[k] + i * sizeof(S), at[i][k], sizeof(S));
+        }
+      }
+      dense(scalars, data, 0, run);
+      for (int64_t i = 0; i < run; ++i) {
+        for (int k = 0; k < kNumStreams; ++k) {
+          if (k != kGrad) std::memcpy(at[i][k], buffer[k] + i * sizeof(S), sizeof(S));
+        }
+      }
+      begin += run;
+    }
+  }
+
+  // Where row r of a sparse gradient begins in the parameter and its state.
+  static void locate(const TensorRow& row, int64_t r, std::byte** at) {
+    const SparseGrad& sparse = *row.layout->sparse;
+    const int64_t value = sparse.order ? sparse.order[sparse.first[r]] : r;
+    for (int k = 0; k < kNumStreams; ++k) at[k] = row.data[k];
+    for (int d = 0; d < sparse.num_dims; ++d) {
+      const int64_t index = sparse.indices[d * sparse.dim_stride + value * sparse.value_stride];
+      for (int k = 0; k < kNumStreams; ++k) at[k] += index * sparse.dims[d].stride[k] * int64_t{sizeof(S)};
+    }
+  }
+
+  // Rows lie anywhere: the processor cannot foresee the next ones. (Inlined, for GCC drops calls of a function that
+  // only prefetches, since it has no effect.)
+  static constexpr int64_t kRowsAhead = 4;
+  __attribute__((always_inline)) static inline void prefetch(const TensorRow& row, int64_t r, int64_t last) {
+    constexpr int64_t kLine = 64, kMost = 1024;
+    if (r > last) return;
+    std::byte* at[kNumStreams];
+    locate(row, r, at);
+    const int64_t bytes = row.layout->sparse->row_numel * int64_t{sizeof(S)};
+    for (int64_t i = 0; i < bytes && i < kMost; i += kLine) {
+      for (int k = 0; k < kNumStreams; ++k) {
+        if (k != kGrad) __builtin_prefetch(at[k] + i, 1);
+      }
+    }
+  }
+
+  // The sum of the values of row r, from one of their elements on.
+  static void add_up(const Scalars& s, const TensorRow& row, int64_t r, int64_t from, int64_t count, G* sum) {
+    const SparseGrad& sparse = *row.layout->sparse;
+    const int64_t first = sparse.order ? sparse.first[r] : r, last = sparse.order ? sparse.first[r + 1] : r + 1;
+    for (int64_t v = first; v < last; ++v) {
+      const int64_t value = sparse.order ? sparse.order[v] : v;
+      const S* at = reinterpret_cast<const S*>(row.data[kGrad]) + value * sparse.grad_stride + from;
+      const auto add_block = [&](int64_t i, auto... n) {
+        Lane x = Gradient::value(s, Lane::load(at + i, n...));
+        if (v != first) x = add(Lane::load(static_cast<const G*>(sum) + i, n...), x);
+        x.store(sum + i, n...);
+      };
+      int64_t i = 0;
+      for (; i + Lane::kWidth <= count; i += Lane::kWidth) add_block(i);
+      if (i < count) add_block(i, static_cast<int>(count - i));
+    }
+  }
+
   static void copy(std::byte* to, int64_t to_stride, const std::byte* from, int64_t from_stride, int64_t count,
                    int64_t size) {
     for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, size);
   }
 
   static void update(const TensorRow& row, int64_t begin, int64_t end) {
+    if constexpr (variant == Rule::kSparseVariant) return sparse(row, begin, end);
     if (row.layout) return strided(row, begin, end);
     dense(*static_cast<const Scalars*>(row.scalars), row.data, begin, end);
   }
@@ -94,13 +208,20 @@ struct Step {
 // Finds Step::update for a rule's id, a variant and a dtype among the instantiations of this target.
 template <class F32, class F64>
 struct Kernels {
+  template <class Rule, int variant, class Lane, class S>
+  static UpdateFn find() {
+    // The sum of a sparse gradient's values is not rounded to their storage type.
+    using G = std::conditional_t<variant == Rule::kSparseVariant, typename Lane::Scalar, S>;
+    return Step<Rule, variant, Lane, S, G>::update;
+  }
+
   template <class Rule, int variant>
   static UpdateFn by_dtype(DType dtype) {
     switch (dtype) {
-      case DType::kFloat32: return Step<Rule, variant, F32, float, float>::update;
-      case DType::kFloat64: return Step<Rule, variant, F64, double, double>::update;
-      case DType::kBFloat16: return Step<Rule, variant, F32, BFloat16, BFloat16>::update;
-      case DType::kFloat16: return Step<Rule, variant, F32, Half, Half>::update;
+      case DType::kFloat32: return find<Rule, variant, F32, float>();
+      case DType::kFloat64: return find<Rule, variant, F64, double>();
+      case DType::kBFloat16: return find<Rule, variant, F32, BFloat16>();
+      case DType::kFloat16: return find<Rule, variant, F32, Half>();
     }
     return nullptr;
   }

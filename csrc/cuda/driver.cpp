@@ -85,13 +85,22 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
 // Lays the whole image out anew.
 void Table::build(const StepInfo& info) {
   std::vector<Layout::Dim> dims;
+  std::vector<SparseGrad> sparse;
   std::vector<int64_t> numel(num_rows_), first_chunk(num_rows_);
   for (size_t n = 0; n < num_rows_; ++n) {
     Row& row = rows_[n];
     numel[n] = row.numel;
-    row.layout = layouts_[n] ? static_cast<int64_t>(dims.size()) : -1;
-    row.ndim = layouts_[n] ? layouts_[n]->ndim : 0;
-    if (layouts_[n]) dims.insert(dims.end(), layouts_[n]->dim, layouts_[n]->dim + row.ndim);
+    row.layout = row.sparse = -1;
+    row.ndim = 0;
+    if (!layouts_[n]) continue;
+    if (const SparseGrad* grad = layouts_[n]->sparse) {
+      row.sparse = static_cast<int64_t>(sparse.size());
+      sparse.push_back(*grad);
+      dims.insert(dims.end(), grad->dims, grad->dims + grad->num_dims);
+    }
+    row.layout = static_cast<int64_t>(dims.size());
+    row.ndim = layouts_[n]->ndim;
+    dims.insert(dims.end(), layouts_[n]->dim, layouts_[n]->dim + row.ndim);
   }
   std::vector<int32_t> row_of_chunk;
   plan_chunks(numel.data(), num_rows_, first_chunk.data(), &row_of_chunk);
@@ -111,6 +120,7 @@ void Table::build(const StepInfo& info) {
   hot_size_ = size;
   rows_at_ = place(num_rows_ * sizeof(Row));
   dims_at_ = place(dims.size() * sizeof(Layout::Dim));
+  sparse_at_ = place(sparse.size() * sizeof(SparseGrad));
   chunks_at_ = place(row_of_chunk.size() * sizeof(int32_t));
   image_.assign(size, std::byte{0});
   const auto put = [&](size_t at, const auto& values) {
@@ -118,6 +128,7 @@ void Table::build(const StepInfo& info) {
   };
   put(rows_at_, rows_);
   put(dims_at_, dims);
+  put(sparse_at_, sparse);
   put(chunks_at_, row_of_chunk);
 }
 
@@ -193,6 +204,7 @@ void Table::prepare(const StepInfo& info, bool changed) {
   where.rows = reinterpret_cast<const Row*>(at + rows_at_);
   where.grads = reinterpret_cast<std::byte* const*>(at + kGradsAt);
   where.dims = reinterpret_cast<const Layout::Dim*>(at + dims_at_);
+  where.sparse = reinterpret_cast<const SparseGrad*>(at + sparse_at_);
   where.row_of_chunk = reinterpret_cast<const int32_t*>(at + chunks_at_);
   where.num_rows = num_rows_;
   where.num_chunks = num_chunks_;

@@ -84,9 +84,10 @@ class Table {
   std::vector<const void*> scalars_;  // the sets in use
   std::unordered_map<const void*, int32_t> scalars_index_;
 
-  // The table's image: gradients, scalars, groups (what changes often: the hot part), then rows, dimensions, chunks.
+  // The table's image: gradients, scalars, groups (what changes often: the hot part), then rows, dimensions,
+  // sparse gradients, chunks.
   std::vector<std::byte> image_;
-  size_t scalars_at_ = 0, groups_at_ = 0, rows_at_ = 0, dims_at_ = 0, chunks_at_ = 0, hot_size_ = 0;
+  size_t scalars_at_ = 0, groups_at_ = 0, rows_at_ = 0, dims_at_ = 0, sparse_at_ = 0, chunks_at_ = 0, hot_size_ = 0;
   size_t num_more_ = 0, groups_size_ = 0;
   int64_t num_chunks_ = 0;
 

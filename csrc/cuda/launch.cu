@@ -36,11 +36,16 @@ class OutsideCapture {
 // Blocks that a multiprocessor must have room for; 0 leaves it to the compiler. By what was found with
 // tests/check_sass.py: nothing spills on any architecture, and each has room for two blocks at the least, whose loads
 // are more than a memory with a latency of a microsecond needs to be busy.
-template <class S, bool kOnDevice>
-constexpr int kMinBlocks = kOnDevice ? (sizeof(S) == 4 ? 3 : 2) : (sizeof(S) == 2 ? 3 : 0);
+template <class Rule, class S, bool kOnDevice>
+constexpr int min_blocks() {
+  constexpr bool many_scalars = sizeof(typename Rule::template Scalars<float>) > 40;
+  constexpr bool has_sparse = Rule::kSparseVariant >= 0;
+  if (kOnDevice) return sizeof(S) == 4 ? 3 : 2;
+  return sizeof(S) == 2 ? (many_scalars ? 2 : 3) : sizeof(S) == 8 && has_sparse ? 3 : 0;
+}
 
 template <class Rule, class S, class T, bool kOnDevice>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<S, kOnDevice>)
+__global__ void __launch_bounds__(kThreads, min_blocks<Rule, S, kOnDevice>())
     step_kernel(const __grid_constant__ Args<Rule, T> args) {
   step_thread<Rule, S, T, kOnDevice>(args, blockIdx.x, gridDim.x, threadIdx.x);
   if (!kOnDevice) return;

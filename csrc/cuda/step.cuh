@@ -52,6 +52,7 @@ template <class Rule, int variant, class S, class T>
 struct Update {
   static constexpr int kNumStates = Rule::num_states(variant);
   static constexpr int kNumStreams = kState + kNumStates;
+  static constexpr bool kIsSparse = variant == Rule::kSparseVariant;
   using Scalars = typename Rule::template Scalars<T>;
 
   // A vector of each stream at a time: the loads of one iteration, times the threads that a multiprocessor holds, are
@@ -88,7 +89,8 @@ struct Update {
   FUSEDOPT_DEVICE static void element(const Scalars& s, S* const* at) {
     using Lane = portable::Lane<T, 1>;
     Lane param(Lane::widen(*global(at[kParam])));
-    const Lane grad(Lane::widen(*global(at[kGrad])));
+    Lane grad(Lane::widen(*global(at[kGrad])));
+    if constexpr (kIsSparse) grad = Gradient::value(s, grad);
     Lane states[kNumStates];
 #pragma unroll
     for (int k = 0; k < kNumStates; ++k) states[k] = Lane(Lane::widen(*global(at[kState + k])));
@@ -105,26 +107,60 @@ struct Update {
     const Row& row = *global(row_at);
     for (int64_t i = begin + thread; i < end; i += kThreads) {
       int64_t offset[kNumStreams];
-#pragma unroll
-      for (int k = 0; k < kNumStreams; ++k) offset[k] = row.layout < 0 ? i : 0;
-      int64_t rest = i;
-      for (int64_t d = row.layout + row.ndim - 1; row.layout >= 0 && d >= row.layout; --d) {
-        const Layout::Dim& dim = *global(dims + d);
-        const int64_t index = rest % dim.size;
-        rest /= dim.size;
-#pragma unroll
-        for (int k = 0; k < kNumStreams; ++k) offset[k] += index * dim.stride[k];
-      }
-      S* at[kNumStreams];
-#pragma unroll
-      for (int k = 0; k < kNumStreams; ++k) at[k] = reinterpret_cast<S*>(k == kGrad ? grad : row.data[k]) + offset[k];
-      element(s, at);
+      find(row, dims, i, offset);
+      element_at(s, row, grad, offset);
     }
   }
 
+  // The same for a sparse gradient, whose indices are in order, each but once. One that is out of range cannot be told
+  // to the host, and is left out.
+  FUSEDOPT_DEVICE_CALL static void sparse(const Scalars s, const Row* row_at, std::byte* grad,
+                                          const SparseGrad* sparse_at, const Layout::Dim* dims, int64_t begin,
+                                          int64_t end, int thread) {
+    const Row& row = *global(row_at);
+    const SparseGrad& sparse = *global(sparse_at);
+    const Layout::Dim* outer = dims + row.layout - sparse.num_dims;
+    for (int64_t i = begin + thread; i < end; i += kThreads) {
+      const int64_t value = i / sparse.row_numel;
+      int64_t offset[kNumStreams];
+      find(row, dims, i % sparse.row_numel, offset);
+      offset[kGrad] += value * sparse.grad_stride;
+      bool is_inside = true;
+      for (int d = 0; d < sparse.num_dims; ++d) {
+        const Layout::Dim& dim = *global(outer + d);
+        const int64_t index = *global(sparse.indices + d * sparse.dim_stride + value * sparse.value_stride);
+        is_inside &= index >= 0 && index < dim.size;
+#pragma unroll
+        for (int k = 0; k < kNumStreams; ++k) offset[k] += index * dim.stride[k];
+      }
+      if (is_inside) element_at(s, row, grad, offset);
+    }
+  }
+
+  // Where the streams have element i of a row, or of a row of a sparse gradient.
+  FUSEDOPT_DEVICE static void find(const Row& row, const Layout::Dim* dims, int64_t i, int64_t* offset) {
+#pragma unroll
+    for (int k = 0; k < kNumStreams; ++k) offset[k] = row.ndim == 0 ? i : 0;
+    for (int64_t d = row.layout + row.ndim - 1; d >= row.layout && row.ndim > 0; --d) {
+      const Layout::Dim& dim = *global(dims + d);
+      const int64_t index = i % dim.size;
+      i /= dim.size;
+#pragma unroll
+      for (int k = 0; k < kNumStreams; ++k) offset[k] += index * dim.stride[k];
+    }
+  }
+
+  FUSEDOPT_DEVICE static void element_at(const Scalars& s, const Row& row, std::byte* grad, const int64_t* offset) {
+    S* at[kNumStreams];
+#pragma unroll
+    for (int k = 0; k < kNumStreams; ++k) at[k] = reinterpret_cast<S*>(k == kGrad ? grad : row.data[k]) + offset[k];
+    element(s, at);
+  }
+
   // Elements [begin, end) of a row.
-  FUSEDOPT_DEVICE static void run(const Scalars& s, const Row& row, std::byte* grad, const Layout::Dim* dims,
-                                  int64_t begin, int64_t end, int thread) {
+  FUSEDOPT_DEVICE static void run(const Scalars& s, const Row& row, std::byte* grad, const Where& table, int64_t begin,
+                                  int64_t end, int thread) {
+    if constexpr (kIsSparse) return sparse(s, &row, grad, table.sparse + row.sparse, table.dims, begin, end, thread);
     std::byte* data[kNumStreams];
     uintptr_t bits = 0;
 #pragma unroll
@@ -137,7 +173,7 @@ struct Update {
       vectors(s, data, begin, whole, thread);
       begin = whole;
     }
-    if (begin < end) elements(s, &row, grad, dims, begin, end, thread);
+    if (begin < end) elements(s, &row, grad, table.dims, begin, end, thread);
   }
 };
 
@@ -193,11 +229,11 @@ FUSEDOPT_DEVICE_CALL typename Rule::template Scalars<T> device_scalars(const Arg
 
 template <class Rule, class S, class T, int variant = 0>
 FUSEDOPT_DEVICE void run_variant(const typename Rule::template Scalars<T>& s, const Row& row, std::byte* grad,
-                                 const Layout::Dim* dims, int64_t begin, int64_t end, int thread) {
+                                 const Where& table, int64_t begin, int64_t end, int thread) {
   if constexpr (variant + 1 < Rule::kNumVariants) {
-    if (row.variant != variant) return run_variant<Rule, S, T, variant + 1>(s, row, grad, dims, begin, end, thread);
+    if (row.variant != variant) return run_variant<Rule, S, T, variant + 1>(s, row, grad, table, begin, end, thread);
   }
-  Update<Rule, variant, S, T>::run(s, row, grad, dims, begin, end, thread);
+  Update<Rule, variant, S, T>::run(s, row, grad, table, begin, end, thread);
 }
 
 // All chunks of one thread of one block. kOnDevice: there are step counts on the device.
@@ -224,7 +260,7 @@ FUSEDOPT_DEVICE void step_thread(const Args<Rule, T>& args, int64_t block, int64
     }
     const int64_t begin = (chunk - row.first_chunk) * kChunk;
     const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
-    run_variant<Rule, S, T>(s, row, *global(args.at.grads + n), args.at.dims, begin, end, thread);
+    run_variant<Rule, S, T>(s, row, *global(args.at.grads + n), args.at, begin, end, thread);
   }
 }
 

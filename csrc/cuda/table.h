@@ -22,6 +22,7 @@ struct Row {
   int64_t numel;
   int64_t first_chunk;
   int64_t layout;   // where its dimensions begin in the list of all, -1 if all streams are dense in one common order
+  int64_t sparse;   // which of the sparse gradients, whose dimensions lie before the layout's; -1 if it has none
   int32_t ndim;     // of the layout
   int32_t scalars;  // which set; with a step count on the device: which group
   int16_t variant;
@@ -53,6 +54,7 @@ struct Where {
   const Row* rows;
   std::byte* const* grads;
   const Layout::Dim* dims;
+  const SparseGrad* sparse;
   const int32_t* row_of_chunk;
   int64_t num_rows, num_chunks;
   const void* groups;        // Group<Rule>[], null if all step counts are the host's

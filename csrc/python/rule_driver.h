@@ -114,7 +114,9 @@ class RuleDriver {
  public:
   virtual ~RuleDriver() = default;
   virtual int id() const = 0;
-  virtual const char* no_sparse() const = 0;
+  // Why a group's parameters cannot have sparse gradients; null if they can.
+  virtual const char* sparse_problem(size_t group) const = 0;
+  virtual int sparse_variant() const = 0;
   virtual int max_states() const = 0;
   virtual const char* state_name(int k) const = 0;
   virtual int num_states(int variant) const = 0;
@@ -140,7 +142,8 @@ class RuleDriverOf final : public RuleDriver {
   }
 
   int id() const override { return rule_id; }
-  const char* no_sparse() const override { return Rule::kNoSparse; }
+  const char* sparse_problem(size_t group) const override { return Rule::sparse_problem(groups_[group].options); }
+  int sparse_variant() const override { return Rule::kSparseVariant; }
   int max_states() const override { return Rule::kNumStates; }
   const char* state_name(int k) const override { return Rule::kStateNames[k]; }
   int num_states(int variant) const override { return Rule::num_states(variant); }
@@ -226,12 +229,14 @@ class RuleDriverOf final : public RuleDriver {
         out.number_dtype[k] = g.on_device[k].dtype;
         out.number_offset[k] = g.offsets[k];
       }
-      if (!g.on_device.empty()) continue;
-      const Corrections* found = corrections(g.options, device);
-      if (!found) continue;
-      out.corrections = static_cast<const typename Rule::Corrections*>(found->at);
-      out.num_corrections = found->count;
-      out.final = found->final;
+      if constexpr (Rule::kTabulated) {
+        if (!g.on_device.empty()) continue;
+        const Corrections* found = corrections(g.options, device);
+        if (!found) continue;
+        out.corrections = static_cast<const typename Rule::Corrections*>(found->at);
+        out.num_corrections = found->count;
+        out.final = found->final;
+      }
     }
     return device_groups_;
   }

@@ -6,6 +6,7 @@
 #include "../cpu/float_mode.h"
 #include "../cpu/run.h"
 #include "../cpu/target.h"
+#include "sparse.h"
 
 namespace fusedopt {
 
@@ -27,7 +28,9 @@ struct Stepper::Entry {
   const Signature* step_signature = nullptr;
   std::byte* step = nullptr;
   int64_t grad_bytes = 0;  // from the gradient's first element to behind its last
-  std::unique_ptr<Layout> layout;
+  std::unique_ptr<Layout> layout;  // of what is written
+  bool is_sparse = false;          // the gradient
+  std::unique_ptr<SparseRow> sparse;
   WrittenMemory::Gap gap;
 
   double step_count() const {
@@ -208,6 +211,13 @@ ParamName Stepper::name(const Entry& entry, const Scan& scan) const {
   return {optimizer_.c_str(), entry.group, entry.index, PyList_GET_ITEM(scan.groups.ptr(), entry.group)};
 }
 
+const TensorRow& Stepper::written_row(size_t n) const {
+  return entries_[n].is_sparse ? entries_[n].sparse->written : rows_[n];
+}
+const TensorRow& Stepper::grad_row(size_t n) const {
+  return entries_[n].is_sparse ? entries_[n].sparse->grad_memory : rows_[n];
+}
+
 // Is nothing about the parameter and its state other than at its last step?
 bool Stepper::unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const {
   if (entry.param != param || entry.variant != scan->variants[entry.group] || !entry.signature[kParam]) return false;
@@ -285,7 +295,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
     }
     return tensor;
   };
-  const auto must_match = [&](int stream, const std::string& what) {
+  const auto must_have_same_type = [&](int stream, const std::string& what) {
     const TensorView &got = streams.view[stream], &param = streams.view[kParam];
     if (got.device != param.device) {
       fail(who, what,
@@ -298,6 +308,10 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
                dtype_name(param.dtype, param.is_complex) +
                "; convert it to the parameter's dtype (nothing is cast silently)");
     }
+  };
+  const auto must_match = [&](int stream, const std::string& what) {
+    must_have_same_type(stream, what);
+    const TensorView &got = streams.view[stream], &param = streams.view[kParam];
     if (got.ndim != param.ndim || !std::equal(got.shape, got.shape + got.ndim, param.shape)) {
       fail(who, what, "has shape " + got.shape_string() + " but the parameter has " + param.shape_string());
     }
@@ -307,14 +321,24 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   const bool inference = py::handle(dirty.param).attr("is_inference")().cast<bool>();
   if (inference && !py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>())
     fail(who, "the parameter", "is an inference tensor and cannot be updated outside torch.inference_mode(); clone it");
-  if (is_tensor(dirty.grad) && py::handle(dirty.grad).attr("is_sparse").cast<bool>()) {
-    throw std::runtime_error(rule_->no_sparse() + std::string(" (") + who.text() + ")");
+  const TensorRow before = written_row(dirty.entry);
+  const bool is_sparse = is_tensor(dirty.grad) && py::handle(dirty.grad).attr("is_sparse").cast<bool>();
+  PyObject* grad = nullptr;
+  if (is_sparse) {
+    if (const char* problem = rule_->sparse_problem(entry.group))
+      throw std::runtime_error(problem + std::string(" (") + who.text() + ")");
+    if (!entry.sparse) entry.sparse = std::make_unique<SparseRow>();
+    entry.sparse->read(dirty.grad, streams.view[kParam], who);
+    for (py::object& held : entry.sparse->take_held()) scan->held.take(held.release().ptr());
+    streams.view[kGrad] = entry.sparse->values();
+    must_have_same_type(kGrad, "the gradient");
+  } else {
+    grad = read(kGrad, dirty.grad, "the gradient", true);
+    must_match(kGrad, "the gradient");
   }
-  PyObject* grad = read(kGrad, dirty.grad, "the gradient", true);
-  must_match(kGrad, "the gradient");
   if (!param_state) return;
 
-  const int variant = scan->variants[entry.group];
+  const int variant = is_sparse ? rule_->sparse_variant() : scan->variants[entry.group];
   const int num_states = rule_->num_states(variant);
   PyObject* tensors[kMaxStreams] = {dirty.param, grad};
   streams.count = kState + num_states;
@@ -346,12 +370,13 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
              "'; move it there, or to the CPU");
   }
 
-  const TensorRow before = row;
-  std::unique_ptr<Layout> layout = plan_row(streams, &row);
+  std::unique_ptr<Layout> layout = is_sparse ? entry.sparse->plan(streams, &row) : plan_row(streams, &row);
+  entry.is_sparse = is_sparse;
+  const TensorRow& written = written_row(dirty.entry);
   bool moved = !entry.in_memory || !same_written_layout(entry.layout.get(), layout.get(), streams.count) ||
-               entry.step != step.data || before.numel != row.numel || entry.variant != variant ||
+               entry.step != step.data || before.numel != written.numel || entry.variant != variant ||
                entry.dtype != streams.view[kParam].dtype;
-  for (int k = 0; k < streams.count; ++k) moved |= k != kGrad && before.data[k] != row.data[k];
+  for (int k = 0; k < streams.count; ++k) moved |= k != kGrad && before.data[k] != written.data[k];
   scan->memory_changed |= moved;
   refreshed_ = true;
 
@@ -372,11 +397,12 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   }
   // What may be updated depends on the mode for an inference tensor: never taken the quick way.
   if (!signed_all || inference || !records::available()) entry.signature[kParam] = nullptr;
-  row.layout = entry.layout.get();
+  if (!is_sparse) row.layout = entry.layout.get();
   row.update = device == kCpu ? target_->find(rule_->id(), variant, entry.dtype) : nullptr;
   const std::byte *from, *to;
-  stream_extent(row, kGrad, itemsize(entry.dtype), &from, &to);
-  entry.grad_bytes = row.numel ? to - from : 0;
+  const TensorRow& grad_memory = grad_row(dirty.entry);
+  stream_extent(grad_memory, kGrad, itemsize(entry.dtype), &from, &to);
+  entry.grad_bytes = grad_memory.numel ? to - from : 0;
   if (!entry.gap.holds(from, to)) scan->moved_grads.push_back(dirty.entry);
 }
 
@@ -527,7 +553,7 @@ void Stepper::check_memory(Scan* scan) {
       entry.gap = {};
       entry.in_memory = entry.active;
       if (!entry.active) continue;
-      memory_.add(rows_[n], entry.num_streams, itemsize(entry.dtype), n);
+      memory_.add(written_row(n), entry.num_streams, itemsize(entry.dtype), n);
       memory_.add_step_count(entry.step, entry.step_is_double ? 8 : 4, n);
     }
     if (!memory_.find_overlap(&a, &b)) return;
@@ -541,7 +567,7 @@ void Stepper::check_memory(Scan* scan) {
     WrittenMemory::Gap recent;  // gradients made one after the other tend to lie in one gap
     for (const size_t n : which) {
       Entry& entry = entries_[n];
-      const TensorRow& row = rows_[n];
+      const TensorRow& row = grad_row(n);
       const std::byte *from = row.data[kGrad], *to = from + entry.grad_bytes;
       if (entry.gap.holds(from, to)) continue;
       if (recent.holds(from, to)) {

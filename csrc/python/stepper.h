@@ -58,6 +58,9 @@ class Stepper {
   int64_t prepare_rows(Scan* scan);
   OnDevice& on_device(int device, DType dtype);
   cuda::StepInfo step_info(int device, DType dtype, bool counts_there, Scan* scan);
+  // What WrittenMemory is told of a parameter, and of its gradient.
+  const TensorRow& written_row(size_t n) const;
+  const TensorRow& grad_row(size_t n) const;
   ParamName name(const Entry& entry, const Scan& scan) const;
 
   std::unique_ptr<RuleDriver> rule_;

@@ -1,7 +1,9 @@
 // The registry: one line an algorithm. A rule's index here is its id in the kernels' tables.
 #pragma once
 
+#include "adagrad.h"
 #include "adam.h"
+#include "radam.h"
 
 namespace fusedopt {
 
@@ -10,6 +12,6 @@ struct RuleList {
   static constexpr int kSize = sizeof...(R);
 };
 
-using Rules = RuleList<Adam>;
+using Rules = RuleList<Adam, RAdam, Adagrad>;
 
 }  // namespace fusedopt

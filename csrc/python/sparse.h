@@ -1,0 +1,51 @@
+// Sparse (COO) gradients: from torch's tensors to what the kernels walk.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <vector>
+
+#include "check.h"
+#include "tensor.h"
+
+namespace fusedopt {
+
+class SparseRow {
+ public:
+  // Takes the gradient apart. Throws, as `who`, if it does not fit the parameter.
+  void read(PyObject* grad, const TensorView& param, const ParamName& who);
+  // Its values, which must be of the parameter's dtype and device.
+  const TensorView& values() const { return values_; }
+
+  // Fills the row of the kernels. `streams` holds the parameter and its state; its gradient is not looked at. Returns
+  // the layout of what `written` below is.
+  std::unique_ptr<Layout> plan(const Streams& streams, TensorRow* row);
+
+  // For WrittenMemory: all of the parameter and its state; the values.
+  TensorRow written{}, grad_memory{};
+  // References to all that was read, to be kept until the kernel is done.
+  std::vector<py::object> take_held() { return std::move(held_); }
+
+ private:
+  // A value of the gradient and where it belongs, as one number.
+  struct Placed {
+    int64_t place, value;
+  };
+
+  void find_rows(const py::object& indices, const ParamName& who);
+  void place_values(const ParamName& who);
+  void sort_by_place();
+
+  std::vector<py::object> held_;
+  TensorView values_;
+  int64_t num_values_ = 0, num_rows_ = 0;
+  const int64_t* sizes_ = nullptr;  // of the sparse dimensions
+  SparseGrad grad_{};
+  std::vector<Layout::Dim> dims_;
+  std::vector<int64_t> order_, first_;
+  std::vector<Placed> placed_, scratch_;
+  std::unique_ptr<Layout> layout_, grad_layout_;
+};
+
+}  // namespace fusedopt

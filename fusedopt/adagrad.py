@@ -1,0 +1,86 @@
+"""Adagrad, also of sparse gradients."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._optimizer import FusedOptimizer
+
+
+class Adagrad(FusedOptimizer, torch.optim.Adagrad):
+    r"""Adagrad: a drop-in for :class:`torch.optim.Adagrad`, with fused updates from sparse gradients.
+
+    .. math::
+        s_t = s_{t-1} + g_t^2 \qquad
+        \theta_t = \theta_{t-1} - \frac{lr}{1 + (t - 1) \, lr\_decay} \; g_t \Big/ \left( \sqrt{s_t} + \epsilon \right)
+
+    from `Adaptive Subgradient Methods for Online Learning and Stochastic Optimization
+    <https://jmlr.org/papers/v12/duchi11a.html>`_ (Duchi et al. 2011; its diagonal form, with
+    :math:`\delta = \epsilon`).
+
+    A sparse (COO) gradient, coalesced or not, with any number of dense dimensions, updates the rows that it has values
+    for; no others are read or written. Values for the same row are added up first. Parameters with sparse and with
+    dense gradients may share an optimizer: they are updated by the same native call. On a CUDA device a gradient that
+    is not coalesced is first given to :meth:`torch.Tensor.coalesce`, which may wait for the device; of one that claims
+    to be, indices that are out of range are left out, since the host does not see them.
+
+    Args:
+        params: as for :class:`fusedopt.Adam`. Complex parameters are updated as their real views, from sparse gradients
+            too (torch then squares and takes roots of complex numbers).
+        lr: learning rate, a float or a one-element tensor, as for Adam (default: 1e-2).
+        lr_decay: how fast it falls with the step count (default: 0).
+        weight_decay: coefficient, L2; not with sparse gradients (default: 0).
+        initial_accumulator_value: :math:`s_0` (default: 0).
+        eps: added to the denominator (default: 1e-10).
+        foreach: accepted as torch accepts it; the native path is taken whatever it says.
+        maximize: ascend (default: False).
+        differentiable: True takes torch's own for-loop (default: False); it does not know `eps_inside_sqrt`.
+        fused: every step is fused; True puts the step counts of CUDA parameters on their device (default: None).
+        eps_inside_sqrt: True: divide by :math:`\sqrt{s_t + \epsilon}` (default: False).
+
+    Raises:
+        ValueError: an option out of range, as torch raises it.
+        RuntimeError: in :meth:`step`, about a parameter, gradient or state that cannot be updated rightly: a sparse
+            gradient with weight_decay, one with an index out of range (on the CPU), ...
+
+    The state of a parameter, made by the constructor: ``step`` (0-d) and ``sum`` (the parameter's shape and dtype):
+    torch's own, so checkpoints go both ways. :meth:`share_memory` moves the sums into shared memory.
+    """
+
+    _rule = "adagrad"
+    _own_options = {"eps_inside_sqrt": False}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        eps_inside_sqrt: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._add_options(eps_inside_sqrt=eps_inside_sqrt)
+
+    def _initial_state(self, param: Tensor, name: str) -> Tensor:
+        value = self.defaults["initial_accumulator_value"]
+        fill = complex(value, value) if param.is_complex() else value
+        return torch.full_like(param, fill, memory_format=torch.preserve_format)
