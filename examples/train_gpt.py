@@ -1,6 +1,7 @@
 """Train a small GPT with torch.optim, then with fusedopt, on the same batches.
 
     python examples/train_gpt.py                # both, and a picture of both: train_gpt.png
+    python examples/train_gpt.py --optimizer radam  # or adagrad, adam: train_gpt_radam.png, ...
     python examples/train_gpt.py --only torch   # needs no fusedopt
     python examples/train_gpt.py --help
 
@@ -48,15 +49,19 @@ class Recipe(NamedTuple):
     """How to build an optimizer, in either library."""
 
     name: str  # of the class
-    weight_decay: float  # unless the command line says otherwise
+    lr: float  # this and the next unless the command line says otherwise
+    weight_decay: float
     settings: dict[str, Any]
     moments: tuple[str, ...]  # the state that fusedopt keeps free of subnormal numbers
 
 
+BETAS = {"betas": (0.9, 0.95)}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZERS = {
-    "adam": Recipe("Adam", 0.0, {"betas": (0.9, 0.95)}, MOMENTS),
-    "adamw": Recipe("AdamW", 0.1, {"betas": (0.9, 0.95)}, MOMENTS),
+    "adam": Recipe("Adam", 3e-3, 0.0, BETAS, MOMENTS),
+    "adamw": Recipe("AdamW", 3e-3, 0.1, BETAS, MOMENTS),
+    "radam": Recipe("RAdam", 3e-3, 0.1, {**BETAS, "decoupled_weight_decay": True}, MOMENTS),
+    "adagrad": Recipe("Adagrad", 1e-2, 0.0, {}, ()),  # its decay is L2; its sums only grow
 }
 
 
@@ -101,11 +106,10 @@ def build_optimizer(library: str, model: GPT, args: argparse.Namespace, **more: 
     """The optimizer under its own name: the import is all that differs between the libraries."""
     recipe = OPTIMIZERS[args.optimizer]
     optimizer_class: type[Any] = getattr(importlib.import_module(LIBRARIES[library]), recipe.name)
-    weight_decay = recipe.weight_decay if args.weight_decay is None else args.weight_decay
     weights = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]  # biases and the norms' gains
     groups = [
-        {"params": weights, "weight_decay": weight_decay},
+        {"params": weights, "weight_decay": args.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     optimizer: Optimizer = optimizer_class(groups, lr=args.lr, **recipe.settings, **more)
@@ -206,7 +210,8 @@ def build_reference(model: GPT, args: argparse.Namespace) -> Optimizer:
                 subnormal = moment.abs() < torch.finfo(moment.dtype).tiny
                 moment.copy_(torch.where(subnormal, moment * 0, moment))  # -x * 0 is -0
 
-    optimizer = build_optimizer("torch", model, args, foreach=False, fused=False)
+    # This turns `fused` off as well, which RAdam does not know.
+    optimizer = build_optimizer("torch", model, args, foreach=False)
     optimizer.register_step_post_hook(flush)
     return optimizer
 
@@ -396,7 +401,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     training.add_argument("--only", choices=(*LIBRARIES, "both"), default="both", help="whose")
     training.add_argument("--batch", type=whole, default=16, help="windows per step")
     training.add_argument("--steps", type=whole, default=1200, help="steps of each long run")
-    training.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    rates = ", ".join(f"{recipe.lr:g} for {name}" for name, recipe in OPTIMIZERS.items())
+    training.add_argument(
+        "--lr",
+        type=float,
+        default=argparse.SUPPRESS,
+        help=f"peak learning rate (default: {rates})",
+    )
     decays = ", ".join(f"{recipe.weight_decay:g} for {name}" for name, recipe in OPTIMIZERS.items())
     training.add_argument(
         "--weight-decay",
@@ -410,10 +421,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     machine.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     machine.add_argument("--threads", type=whole, help="CPU threads; None leaves it to PyTorch")
-    machine.add_argument("--out", type=Path, default=Path("train_gpt.png"), help="the picture")
+    machine.add_argument(
+        "--out",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="the picture (default: train_gpt.png for adamw, train_gpt_adam.png for adam, ...)",
+    )
 
-    # SUPPRESS keeps "(default: None)" out of the help; the attribute is wanted all the same.
-    args = parser.parse_args(argv, argparse.Namespace(weight_decay=None))
+    # These defaults depend on the optimizer; SUPPRESS keeps argparse's own word on them out of the help.
+    args = parser.parse_args(argv, argparse.Namespace(lr=None, weight_decay=None, out=None))
+    recipe = OPTIMIZERS[args.optimizer]
+    if args.lr is None:
+        args.lr = recipe.lr
+    if args.weight_decay is None:
+        args.weight_decay = recipe.weight_decay
+    if args.out is None:
+        args.out = Path("train_gpt.png" if args.optimizer == "adamw" else f"train_gpt_{args.optimizer}.png")
     if args.width % args.heads:
         parser.error(f"--width {args.width} does not divide into {args.heads} heads")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -129,9 +129,7 @@ class FusedOptimizer(Optimizer):
     def _initial_state(self, param: Tensor, name: str) -> Tensor:
         return torch.zeros_like(param, memory_format=torch.preserve_format)
 
-    def _new_states(
-        self, missing: list[tuple[Tensor, tuple[str, ...], dict[str, Any]]]
-    ) -> list[dict[str, Tensor]]:
+    def _new_states(self, missing: list[tuple[Tensor, tuple[str, ...], dict[str, Any]]]) -> list[dict[str, Tensor]]:
         """State for parameters that have none yet; the step counts of a device are views of one buffer.
 
         Each is given as the parameter, the names of its state, its group. As in torch, a step count lives beside a CUDA

@@ -1,6 +1,6 @@
 """Adagrad, also of sparse gradients."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     """
 
     _rule = "adagrad"
-    _own_options = {"eps_inside_sqrt": False}
+    _own_options: ClassVar[dict[str, Any]] = {"eps_inside_sqrt": False}
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """RAdam."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
     """
 
     _rule = "radam"
-    _own_options = {"amsgrad": False, "degenerate_to_sgd": True, "optimized_update": True}
+    _own_options: ClassVar[dict[str, Any]] = {"amsgrad": False, "degenerate_to_sgd": True, "optimized_update": True}
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Independent references for the tests: torch's for-loop made exact, a NumPy transcription, and a float64 oracle.
 
-Nothing here is shared with the code under test. The operation order that `low_precision_step` writes down was found
-by experiment against torch's for-loop (2.13, AVX2 and AVX-512), which it equals bit for bit in float32 and float64.
+Nothing here is shared with the code under test. The operation order that the transcriptions write down was found by
+experiment against torch's for-loop (2.13, AVX2 and AVX-512), which they equal bit for bit in float32 and float64.
 """
 
 import contextlib
@@ -9,8 +9,7 @@ import ctypes
 import ctypes.util
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,16 +52,19 @@ def correctly_rounded_sqrt() -> Iterator[None]:
         with np.errstate(invalid="ignore"):
             return torch.as_tensor(np.sqrt(self.detach().double().numpy())).to(self.dtype)
 
-    had_own = "sqrt" in vars(torch.Tensor)  # usually it is inherited
-    original = torch.Tensor.sqrt
-    torch.Tensor.sqrt = sqrt
+    def sqrt_(self: Tensor) -> Tensor:
+        return self.copy_(sqrt(self))
+
+    before = {name: vars(torch.Tensor).get(name) for name in ("sqrt", "sqrt_")}  # usually they are inherited
+    torch.Tensor.sqrt, torch.Tensor.sqrt_ = sqrt, sqrt_
     try:
         yield
     finally:
-        if had_own:
-            torch.Tensor.sqrt = original
-        else:
-            del torch.Tensor.sqrt
+        for name, own in before.items():
+            if own is None:
+                delattr(torch.Tensor, name)
+            else:
+                setattr(torch.Tensor, name, own)
 
 
 def flush_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -77,7 +79,7 @@ def flush_moments(optimizer: torch.optim.Optimizer) -> None:
             if param.grad is None:
                 continue
             smallest = torch.finfo(_opmath(param.dtype)).tiny
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in {"exp_avg", "exp_avg_sq"} & optimizer.state[param].keys():
                 moment = _real(optimizer.state[param][name])
                 zero = torch.zeros_like(moment).copysign(moment)
                 moment.copy_(torch.where(moment.abs() < smallest, zero, moment))
@@ -89,72 +91,26 @@ def torch_loop_step(optimizer: torch.optim.Optimizer) -> None:
     torch's scalar code (the elements after the last whole vector, and every element of a strided tensor) differs from
     its vectors in the sign of a zero in two corners. Keep them out of inputs:
     - a stored max_exp_avg_sq of -0 (no step produces one; give second moments as `varied_values(...).abs()`);
-    - a gradient of -0 where 1 - beta1 rounds to 1 in opmath (beta1 = 0); `low_precision_step` has the vectors' sign.
+    - a gradient of -0 where 1 - beta1 rounds to 1 in opmath (beta1 = 0); the transcription has the vectors' sign.
     """
     for group in optimizer.param_groups:
-        if group["foreach"] is not False or group["fused"] is not False:
-            raise ValueError("the reference is torch's for-loop: build it with foreach=False, fused=False")
+        if group["foreach"] is not False or group.get("fused"):
+            raise ValueError("the reference is torch's for-loop: build it with foreach=False and not fused")
     with correctly_rounded_sqrt():
         optimizer.step()
     flush_moments(optimizer)
 
 
-# --- hyperparameters -----------------------------------------------------------------------------------------------
+# --- transcriptions --------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Hyper:
-    """The hyperparameters of one Adam or AdamW group."""
-
-    lr: float | Tensor = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decoupled: bool = False
-    amsgrad: bool = False
-    maximize: bool = False
-
-    @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> "Hyper":
-        """Take them from a torch.optim.Adam or AdamW parameter group."""
-        names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
-        return cls(decoupled=group["decoupled_weight_decay"], **{name: group[name] for name in names})
-
-    def scalars(self, step: int) -> tuple[float, float, float]:
-        """The decoupled decay factor, step_size and bias_correction2_sqrt of a step, before rounding to opmath.
-
-        With lr as a Tensor each operation is rounded to lr's dtype; a bfloat16 or float16 lr meets the other operand
-        in float32. A float lr is the float64 case.
-        """
-        dtype = self.lr.dtype if isinstance(self.lr, Tensor) else torch.float64
-        stored, op = _NUMPY[dtype], _NUMPY[_opmath(dtype)]
-        lr = op(float(self.lr))
-        bias_correction1 = 1 - self.betas[0] ** step
-        bias_correction2 = 1 - self.betas[1] ** step
-        with np.errstate(all="ignore"):
-            decay = stored(op(1) - op(stored(lr * op(self.weight_decay))))
-            step_size = stored(lr / op(bias_correction1))
-        return float(decay), float(step_size), bias_correction2**0.5
-
-
-# --- the transcription ---------------------------------------------------------------------------------------------
-
-
-class Stored(NamedTuple):
-    """What one step writes back."""
-
-    param: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
-
+State = dict[str, Tensor]
 
 _libm = ctypes.CDLL(ctypes.util.find_library("m"))
 _libm.fma.argtypes, _libm.fma.restype = [ctypes.c_double] * 3, ctypes.c_double
 _fma64 = np.vectorize(_libm.fma, otypes=[np.float64])
 
 
-def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def _fma(a: Any, b: Any, c: np.ndarray) -> np.ndarray:
     """a * b + c rounded once, in the arrays' dtype: float32, or float64 (slow: libm, an element at a time)."""
     a, b, c = np.broadcast_arrays(a, b, c)
     if c.dtype == np.float64:
@@ -179,86 +135,206 @@ def _store(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(bits).view(like.dtype).reshape(like.shape)
 
 
-def low_precision_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    hyper: Hyper,
-    step: int,
-    inv_scale: float | None = None,
-) -> Stored:
-    """One Adam or AdamW step in opmath, rounding only what is stored; `step` is the count after this step.
+class _Lr:
+    """lr in torch's arithmetic of scalars: a float is double; a Tensor rounds every operation to its dtype.
 
-    Works for any real dtype; bfloat16 and float16 are computed in float32. The arguments are left alone. One case is
-    not torch's: a 0-d float32 parameter with a float64 Tensor lr, which torch decays (decoupled) in float64.
+    A bfloat16 or float16 lr meets the other operand in float32.
     """
-    op = _NUMPY[_opmath(param.dtype)]
-    smallest = np.finfo(op).tiny
 
-    def load(tensor: Tensor) -> np.ndarray:
-        return tensor.detach().to(_opmath(param.dtype)).flatten().numpy().astype(op, copy=True)
+    def __init__(self, lr: float | Tensor) -> None:
+        dtype = lr.dtype if isinstance(lr, Tensor) else torch.float64
+        self._stored, self._op = _NUMPY[dtype], _NUMPY[_opmath(dtype)]
+        self.value = self._op(float(lr))
 
-    def flush(moment: np.ndarray) -> np.ndarray:
-        if hyper.eps < FLUSH_MIN_EPS:
-            return moment
-        return np.where(np.abs(moment) < smallest, np.copysign(op(0), moment), moment)
+    def over(self, x: float) -> float:
+        with np.errstate(all="ignore"):
+            return float(self._stored(self.value / self._op(x)))
 
-    decay, step_size, bias_correction2_sqrt = hyper.scalars(step)
-    weight_decay = op(hyper.weight_decay)
-    weight1, weight2 = op(1 - hyper.betas[0]), op(1 - hyper.betas[1])
-    p, g, m, v = load(param), load(grad), load(exp_avg), load(exp_avg_sq)
-    with np.errstate(all="ignore"):
-        if inv_scale is not None:
-            g = g * op(inv_scale)
-        if hyper.maximize:
-            g = -g
-        if hyper.weight_decay != 0:
-            if hyper.decoupled:
-                p = p * op(decay)
+    def decay(self, weight_decay: float) -> float:
+        """1 - lr * weight_decay."""
+        with np.errstate(all="ignore"):
+            product = self._stored(self.value * self._op(weight_decay))
+            return float(self._stored(self._op(1) - self._op(product)))
+
+
+class Transcription:
+    """An algorithm's step in NumPy, from the options of a parameter group.
+
+    Computes in opmath (float64 for float64, else float32) and rounds only what is stored, once. One case is not
+    torch's: a 0-d float32 parameter with a float64 Tensor lr, which torch computes in float64.
+    """
+
+    names: tuple[str, ...]  # of the state
+
+    def __init__(self, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.group, self.defaults = group, defaults
+
+    def first_state(self, param: Tensor) -> State:
+        return {name: torch.zeros_like(param).detach() for name in self.names}
+
+    def step(
+        self, param: Tensor, grad: Tensor, state: State, count: int, inv_scale: float | None = None
+    ) -> tuple[Tensor, State]:
+        """Return the parameter and its state after one step, whose count is `count`. The arguments are left alone."""
+        op = _NUMPY[_opmath(param.dtype)]
+
+        def load(tensor: Tensor) -> np.ndarray:
+            return tensor.detach().to(_opmath(param.dtype)).flatten().numpy().astype(op, copy=True)
+
+        with np.errstate(all="ignore"):
+            g = load(grad)
+            if inv_scale is not None:
+                g = g * op(inv_scale)
+            if self.group["maximize"]:
+                g = -g
+            p, new = self._step(op, load(param), g, {name: load(state[name]) for name in self.names}, count)
+            return _store(p, param), {name: _store(values, param) for name, values in new.items()}
+
+    def _step(
+        self, op: Any, p: np.ndarray, g: np.ndarray, state: dict[str, np.ndarray], count: int
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        raise NotImplementedError
+
+    def oracle(self, param: Tensor, grads: Iterable[Tensor]) -> np.ndarray:
+        """The parameter after one step per gradient, by the textbook formula in float64 and with no flush."""
+        sign = -1 if self.group["maximize"] else 1
+        p = param.detach().double().numpy().copy()
+        state = {name: value.double().numpy() for name, value in self.first_state(param).items()}
+        for count, grad in enumerate(grads, start=1):
+            p = self._textbook(p, sign * grad.detach().double().numpy(), state, count)
+        return p
+
+    def _textbook(self, p: np.ndarray, g: np.ndarray, state: dict[str, np.ndarray], count: int) -> np.ndarray:
+        raise NotImplementedError
+
+
+class AdamTranscription(Transcription):
+    def __init__(self, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        super().__init__(group, defaults)
+        self.amsgrad = group.get("amsgrad", False)
+        self.names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if self.amsgrad else 2]
+
+    def _step(self, op, p, g, state, count):  # type: ignore[no-untyped-def]
+        group, lr = self.group, _Lr(self.group["lr"])
+        beta1, beta2 = group["betas"]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        if group["weight_decay"] != 0:
+            if group["decoupled_weight_decay"]:
+                p = p * op(lr.decay(group["weight_decay"]))
             else:
-                g = _fma(p, weight_decay, g)
+                g = _fma(p, op(group["weight_decay"]), g)
+        weight1, weight2 = op(1 - beta1), op(1 - beta2)
         difference = g - m
         m = _fma(weight1, difference, m) if weight1 < op(0.5) else _fma(weight1 - op(1), difference, g)
-        v = _fma(weight2 * g, g, op(hyper.betas[1]) * v)
-        largest = v
-        if hyper.amsgrad:
-            assert max_exp_avg_sq is not None
-            previous = load(max_exp_avg_sq)
-            largest = np.where((previous > v) | np.isnan(previous), previous, v)  # NaN if either is; a tie takes v
-        denom = np.sqrt(largest) / op(bias_correction2_sqrt) + op(hyper.eps)
-        p = p + (op(-step_size) * m) / denom
-        return Stored(
-            _store(p, param),
-            _store(flush(m), exp_avg),
-            _store(flush(v), exp_avg_sq),
-            _store(largest, max_exp_avg_sq) if hyper.amsgrad and max_exp_avg_sq is not None else None,
-        )
+        v = _fma(weight2 * g, g, op(beta2) * v)
+        largest, new = v, {"exp_avg": self._flush(m), "exp_avg_sq": self._flush(v)}
+        if self.amsgrad:
+            before = state["max_exp_avg_sq"]
+            largest = np.where((before > v) | np.isnan(before), before, v)  # NaN if either is; a tie takes v
+            new["max_exp_avg_sq"] = largest
+        return self._update(op, p, m, largest, lr, count), new
+
+    def _flush(self, moment: np.ndarray) -> np.ndarray:
+        if self.group["eps"] < FLUSH_MIN_EPS:
+            return moment
+        tiny = np.abs(moment) < np.finfo(moment.dtype).tiny
+        return np.where(tiny, np.copysign(moment.dtype.type(0), moment), moment)
+
+    def _update(self, op, p, m, v, lr, count):  # type: ignore[no-untyped-def]
+        beta1, beta2 = self.group["betas"]
+        denom = np.sqrt(v) / op((1 - beta2**count) ** 0.5) + op(self.group["eps"])
+        return p + (op(-lr.over(1 - beta1**count)) * m) / denom
+
+    def _textbook(self, p, g, state, count):  # type: ignore[no-untyped-def]
+        group, lr = self.group, float(self.group["lr"])
+        beta1, beta2 = group["betas"]
+        if group["decoupled_weight_decay"]:
+            p = p - lr * group["weight_decay"] * p
+        else:
+            g = g + group["weight_decay"] * p
+        state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * g
+        state["exp_avg_sq"] = v = beta2 * state["exp_avg_sq"] + (1 - beta2) * g**2
+        if self.amsgrad:
+            state["max_exp_avg_sq"] = v = np.maximum(state["max_exp_avg_sq"], v)
+        return p - lr * self._direction(state["exp_avg"] / (1 - beta1**count), np.sqrt(v), count)
+
+    def _direction(self, m_hat: np.ndarray, root: np.ndarray, count: int) -> np.ndarray:
+        return m_hat / (root / math.sqrt(1 - self.group["betas"][1] ** count) + self.group["eps"])
+
+
+class RAdamTranscription(AdamTranscription):
+    def __init__(self, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        super().__init__(group, defaults)
+        self.degenerate = group.get("degenerate_to_sgd", True)
+        self.optimized = group.get("optimized_update", True)
+
+    def rho(self, count: int) -> float:
+        beta2 = self.group["betas"][1]
+        return 2 / (1 - beta2) - 1 - 2 * count * beta2**count / (1 - beta2**count)
+
+    def rect(self, count: int) -> float:
+        rho, rho_inf = self.rho(count), 2 / (1 - self.group["betas"][1]) - 1
+        return ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
+
+    def _update(self, op, p, m, v, lr, count):  # type: ignore[no-untyped-def]
+        beta1, beta2 = self.group["betas"]
+        correction, eps = op((1 - beta2**count) ** 0.5), op(self.group["eps"])
+        change = m / op(1 - beta1**count) * op(lr.value)
+        if self.rho(count) > 5:
+            root = np.sqrt(v)
+            adaptive = op(1) / (root + eps) * correction if self.optimized else op(1) / (root / correction + eps)
+            return p - change * adaptive * op(self.rect(count))
+        return p - change if self.degenerate else p
+
+    def _direction(self, m_hat: np.ndarray, root: np.ndarray, count: int) -> np.ndarray:
+        if self.rho(count) <= 5:
+            return m_hat * self.degenerate
+        correction, eps = math.sqrt(1 - self.group["betas"][1] ** count), self.group["eps"]
+        adaptive = correction / (root + eps) if self.optimized else 1 / (root / correction + eps)
+        return m_hat * self.rect(count) * adaptive
+
+
+class AdagradTranscription(Transcription):
+    names = ("sum",)
+
+    def __init__(self, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        super().__init__(group, defaults)
+        self.inside = group.get("eps_inside_sqrt", False)
+
+    def first_state(self, param: Tensor) -> State:
+        return {"sum": torch.full_like(param, self.defaults["initial_accumulator_value"]).detach()}
+
+    def _denom(self, total: np.ndarray, eps: Any) -> np.ndarray:
+        return np.sqrt(total + eps) if self.inside else np.sqrt(total) + eps
+
+    def _step(self, op, p, g, state, count):  # type: ignore[no-untyped-def]
+        group = self.group
+        if group["weight_decay"] != 0:
+            g = _fma(p, op(group["weight_decay"]), g)
+        total = _fma(g, g, state["sum"])
+        rate = op(-_Lr(group["lr"]).over(1 + (count - 1) * group["lr_decay"]))
+        return p + (rate * g) / self._denom(total, op(group["eps"])), {"sum": total}
+
+    def _textbook(self, p, g, state, count):  # type: ignore[no-untyped-def]
+        group = self.group
+        g = g + group["weight_decay"] * p
+        state["sum"] = state["sum"] + g**2
+        rate = float(group["lr"]) / (1 + (count - 1) * group["lr_decay"])
+        return p - rate * g / self._denom(state["sum"], group["eps"])
+
+
+def transcription(optimizer: torch.optim.Optimizer, group: int = 0) -> Transcription:
+    """Return the transcription of one group of an optimizer, torch's or ours."""
+    kinds = {
+        torch.optim.RAdam: RAdamTranscription,
+        torch.optim.Adagrad: AdagradTranscription,
+        torch.optim.Adam: AdamTranscription,
+    }
+    (kind,) = (made for cls, made in kinds.items() if isinstance(optimizer, cls))
+    return kind(optimizer.param_groups[group], optimizer.defaults)
 
 
 # --- accuracy ------------------------------------------------------------------------------------------------------
-
-
-def oracle(param: Tensor, grads: Iterable[Tensor], hyper: Hyper) -> np.ndarray:
-    """The parameter after one step per gradient, by the textbook formula in float64 and with no flush."""
-    beta1, beta2 = hyper.betas
-    lr = float(hyper.lr)
-    p = param.detach().double().numpy().copy()
-    m, v, largest = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
-    for step, grad in enumerate(grads, start=1):
-        g = grad.detach().double().numpy() * (-1 if hyper.maximize else 1)
-        if hyper.decoupled:
-            p = p - lr * hyper.weight_decay * p
-        else:
-            g = g + hyper.weight_decay * p
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g**2
-        largest = np.maximum(largest, v)
-        m_hat = m / (1 - beta1**step)
-        v_hat = (largest if hyper.amsgrad else v) / (1 - beta2**step)
-        p = p - lr * m_hat / (np.sqrt(v_hat) + hyper.eps)
-    return p
 
 
 def mean_ulp(actual: Tensor, expected: np.ndarray) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from optimizers import VARIANTS, Row, generator, name_of, parameters, set_grads
-from reference import Hyper, mean_ulp, oracle
+from reference import mean_ulp, transcription
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -36,7 +36,7 @@ def test_distance_to_float64(row: Row, dtype: torch.dtype, record_property: Call
         theirs.grad = grad
         optimizer.step()
         torch_loop.step()
-    exact = oracle(initial, gradients(dtype), Hyper.from_group(torch_loop.param_groups[0]))
+    exact = transcription(torch_loop).oracle(initial, gradients(dtype))
     distance, yardstick = mean_ulp(torch.cat([p.detach() for p in ours]), exact), mean_ulp(theirs, exact)
     numbers = f"fusedopt {distance:9.3f}  torch {yardstick:9.3f}  ratio {distance / yardstick:6.4f}"
     line = f"{row.id:26}{name_of(dtype):10}{numbers}"

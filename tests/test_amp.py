@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from optimizers import BY_ID, VARIANTS, Row, generator, name_of
-from reference import Hyper, assert_same_bits, correctly_rounded_sqrt, flush_moments, low_precision_step, varied_values
+from reference import assert_same_bits, correctly_rounded_sqrt, flush_moments, transcription, varied_values
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn import Parameter
@@ -126,9 +126,8 @@ def test_low_precision_parameters(dtype: torch.dtype, scale: float) -> None:
     """Unscaled in float32: the gradient is not rounded to the parameter's dtype in between, and stays scaled."""
     optimizer = BY_ID["adamw-decay"].make(make_params(dtype), eps=1e-4)
     scaler = make_scaler(scale)
-    hyper = Hyper.from_group(optimizer.param_groups[0])
-    zeros = [torch.zeros_like(p) for p in make_params(dtype)]
-    expected: list[Any] = [(p.detach(), z, z, None) for p, z in zip(make_params(dtype), zeros, strict=True)]
+    formula = transcription(optimizer)
+    expected = [(p.detach(), formula.first_state(p)) for p in make_params(dtype)]
     for step in range(1, 5):
         set_scaled_grads(optimizer, scaler, step)
         grads = [p.grad.clone() for p in all_params(optimizer) if p.grad is not None]
@@ -136,12 +135,13 @@ def test_low_precision_parameters(dtype: torch.dtype, scale: float) -> None:
         scaler.step(optimizer)
         scaler.update()
         for i, p in enumerate(all_params(optimizer)):
-            expected[i] = tuple(low_precision_step(expected[i][0], grads[i], *expected[i][1:], hyper, step, inv_scale))
+            param, state = expected[i]
+            expected[i] = formula.step(param, grads[i], state, step, inv_scale)
             assert p.grad is not None
             assert_same_bits(p.grad, grads[i])
-            state = optimizer.state[p]
-            for got, want in zip((p.detach(), state["exp_avg"], state["exp_avg_sq"]), expected[i][:3], strict=True):
-                assert_same_bits(got, want)
+            assert_same_bits(p.detach(), expected[i][0])
+            for name, value in expected[i][1].items():
+                assert_same_bits(optimizer.state[p][name], value, name)
 
 
 def test_the_scale_is_only_for_the_step_that_it_was_given_to() -> None:

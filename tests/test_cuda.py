@@ -155,7 +155,7 @@ def test_counting_on_the_device(row: Row, dtype: torch.dtype, device: Device) ->
     results = []
     for on_device in (True, False):
         params = parameters(initial)
-        optimizer = row.make(params, capturable=on_device)
+        optimizer = row.make(params, **(row.on_device() if on_device else {}))
         grad = torch.empty_like(initial)
         set_grads(params, grad)
         if on_device:

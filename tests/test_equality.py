@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from optimizers import BY_ID, FLOATS, ROWS, VARIANTS, Row, generator, gradients, joined, name_of, parameters, set_grads
+from optimizers import FLOATS, KNOWN_ROWS, VARIANTS, Row, generator, gradients, joined, name_of, parameters, set_grads
 from reference import assert_same_bits, torch_loop_step, varied_values
 from torch import Tensor
 from torch.nn import Parameter
@@ -29,7 +29,7 @@ def assert_same(ours: list[Parameter], optimizer: Optimizer, whole: Parameter, e
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
-@pytest.mark.parametrize("row", ROWS, ids=name_of)
+@pytest.mark.parametrize("row", KNOWN_ROWS, ids=name_of)
 def test_wild_values(row: Row, dtype: torch.dtype) -> None:
     initial = varied_values(NUMEL, dtype, generator(), finite=row.finite)
     whole, ours = Parameter(initial.clone()), parameters(initial)
@@ -75,16 +75,17 @@ def test_long_run(row: Row) -> None:
     initial = torch.randn(numel, generator=generator(4), dtype=dtype)
     whole, ours = Parameter(initial.clone()), parameters(initial)
     optimizer, expected = row.make(ours), row.make_torch([whole])
+    has_moments = not isinstance(expected, torch.optim.Adagrad)
     flushed = 0
     for step in range(1, 1001):
         whole.grad = gradient(step)
         set_grads(ours, whole.grad)
-        before = expected.state[whole]["exp_avg"].clone() if step == 450 else None
+        before = expected.state[whole]["exp_avg"].clone() if step == 450 and has_moments else None
         torch_loop_step(expected)
         optimizer.step()
         if before is not None:
             flushed = int(((before != 0) & (expected.state[whole]["exp_avg"] == 0)).sum())
         if step % 250 == 0:
             assert_same(ours, optimizer, whole, expected, f"after step {step}")
-    if row is not BY_ID["adam-decay"]:  # L2 decay leaves no gradient at zero
+    if has_moments and row.id != "adam-decay":  # L2 decay leaves no gradient at zero
         assert flushed > 0

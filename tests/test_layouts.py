@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from optimizers import BY_ID, CUDA_ON_HOST, DTYPES, FLOATS, VARIANTS, Row, generator, name_of
-from reference import Hyper, assert_same_bits, low_precision_step, torch_loop_step, varied_values
+from reference import assert_same_bits, torch_loop_step, transcription, varied_values
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -168,21 +168,18 @@ def test_layouts_in_low_precision(row: Row, dtype: torch.dtype) -> None:
     params = [make(dtype, seed) for seed, make in enumerate(LAYOUTS.values())]
     ours = [p.detach().requires_grad_() for p in params]
     optimizer = row.make(ours, eps=1e-4)
-    hyper = Hyper.from_group(optimizer.param_groups[0])
-    zeros = [torch.zeros_like(dense(p)) for p in params]
-    expected = [(dense(p), z, z, z if hyper.amsgrad else None) for p, z in zip(params, zeros, strict=True)]
+    formula = transcription(optimizer)
+    expected = [(dense(p), formula.first_state(dense(p))) for p in params]
     for step, make in enumerate(GRADS.values(), start=1):
         for i, p in enumerate(ours):
             p.grad = make(p.detach(), 100 * step + i)
         optimizer.step()
         for i, p in enumerate(ours):
-            q, m, v, largest = expected[i]
-            stored = low_precision_step(q, dense(p.grad), m, v, largest, hyper, step)
-            expected[i] = tuple(stored)
-            state = optimizer.state[p]
-            assert_same_bits(p.detach(), stored.param, f"parameter {i} after step {step}")
-            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + hyper.amsgrad]:
-                assert_same_bits(state[key], getattr(stored, key), f"{key} of parameter {i} after step {step}")
+            value, state = expected[i]
+            expected[i] = value, state = formula.step(value, dense(p.grad), state, step)
+            assert_same_bits(p.detach(), value, f"parameter {i} after step {step}")
+            for name in state:
+                assert_same_bits(optimizer.state[p][name], state[name], f"{name} of parameter {i} after step {step}")
 
 
 def test_state_of_every_layout() -> None:
