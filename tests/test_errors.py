@@ -482,7 +482,7 @@ def test_training_goes_on_after_an_error(row: Row) -> None:
     ]
     breaks: list[Callable[[Model], Any]] = [
         lambda m: m.set_grad(m.other.detach()),
-        lambda m: m.set_grad(torch.ones(2, 3).to_sparse_csr()),
+        lambda m: setattr(m.bad.grad, "data", torch.ones(3, 2)),
         lambda m: setattr(m.bad.grad, "data", torch.ones(2, 3).double()),
     ]
     for broken, fix in zip(breaks, fixes, strict=True):
