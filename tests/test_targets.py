@@ -135,6 +135,16 @@ def test_targets_agree(row: Row, dtype: torch.dtype, set_capability: Choose) -> 
         assert_same(results[name], results[TARGETS[0]], f"of {name}, against {TARGETS[0]}")
 
 
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+def test_targets_agree_after_1000_steps(row: Row, set_capability: Choose) -> None:
+    results = {}
+    for name in USABLE:
+        set_capability(name)
+        results[name] = run(row, torch.float32, sizes=(1, 7, 33), numel=200, steps=1000)
+    for name in USABLE[1:]:
+        assert_same(results[name], results[USABLE[0]], f"of {name}, against {USABLE[0]}")
+
+
 # --- threads and chunks --------------------------------------------------------------------------------------------
 
 
