@@ -171,11 +171,13 @@ def test_counting_on_the_device(row: Row, dtype: torch.dtype, device: Device) ->
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.9999])
 @pytest.mark.parametrize(
-    "count", [0.0, 1.0, 349.0, 37_408.0, 37_410.0, 37_411.0, 40_000.0, 374_000.0, 1e6, 2.0**24, 3.5]
+    "count",
+    [0.0, 1.0, 5.0, 349.0, 37_408.0, 37_410.0, 37_411.0, 40_000.0, 62_350.0, 62_353.0, 374_000.0, 1e6, 2.0**24, 3.5],
 )
-def test_any_step_count_on_the_device(beta: float, count: float, device: Device) -> None:
+@pytest.mark.parametrize("cls", [fusedopt.Adam, fusedopt.RAdam])
+def test_any_step_count_on_the_device(cls: type[Optimizer], beta: float, count: float, device: Device) -> None:
     """The table of corrections, its end, and what lies behind it."""
-    on_device, on_cpu = twins(lambda p: fusedopt.Adam(p, betas=(min(beta, 0.99), beta), capturable=True), [1000])
+    on_device, on_cpu = twins(lambda p: cls(p, betas=(min(beta, 0.99), beta), capturable=True), [1000])
     step_both(device, on_device, on_cpu, 0, numbers=True)
     for optimizer in (on_device, on_cpu):
         for state in optimizer.state.values():

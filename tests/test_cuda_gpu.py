@@ -85,14 +85,15 @@ def kernels(step: Callable[[], Any]) -> tuple[list[str], list[str]]:
 # --- the same bits ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capturable", [False, True], ids=["host_counts", "device_counts"])
+@pytest.mark.parametrize("on_device", [False, True], ids=["host_counts", "device_counts"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
-def test_same_bits(row: Row, dtype: torch.dtype, capturable: bool) -> None:
+def test_same_bits(row: Row, dtype: torch.dtype, on_device: bool) -> None:
     numel, steps = 40_009, 12
     initial = varied_values(numel, dtype, generator(5), finite=row.finite)
-    pair = Pair(row.make, [p.detach() for p in parameters(initial, LARGE)], capturable=capturable)
-    if capturable:
+    more = row.on_device() if on_device else {}
+    pair = Pair(row.make, [p.detach() for p in parameters(initial, LARGE)], **more)
+    if on_device:
         for group in pair.on_gpu.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"] = group["lr"].cuda()
@@ -116,6 +117,54 @@ def test_layouts(row: Row, dtype: torch.dtype) -> None:
         on_cpu.step()
         for p, q in zip(ours, theirs, strict=True):
             assert_same_bits(p.detach().cpu(), q.detach())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("fused", [False, True], ids=["host_counts", "device_counts"])
+def test_sparse_gradients(dtype: torch.dtype, fused: bool) -> None:
+    """Coalesced ones have the CPU's bits, beside a dense parameter; repeats are torch's coalesce's business."""
+    shapes = [(500, 64), (500, 7), (500,), (3000,)]
+    pair = Pair(
+        lambda p, **k: fusedopt.Adagrad(p, **k), [ordinary(s, i, dtype) for i, s in enumerate(shapes)], fused=fused
+    )
+    for step in range(4):
+        for i, shape in enumerate(shapes[:3]):
+            touched = torch.randperm(500, generator=generator(10 * step + i))[:200].sort().values
+            values = ordinary((200, *shape[1:]), step + i, dtype)
+            grad = torch.sparse_coo_tensor(touched[None], values, shape, is_coalesced=True, check_invariants=True)
+            pair.ours[i].grad, pair.theirs[i].grad = grad.cuda(), grad
+        dense = ordinary(shapes[3], step, dtype)
+        pair.ours[3].grad, pair.theirs[3].grad = dense.cuda(), dense
+        pair.on_gpu.step(), pair.on_cpu.step()
+        pair.check()
+
+
+def test_sparse_gradients_with_repeats() -> None:
+    """As after torch's coalesce."""
+    params = [Parameter(ordinary((50, 24), 1).cuda()) for _ in range(2)]
+    optimizers = [fusedopt.Adagrad([p]) for p in params]
+    for step in range(3):
+        indices = torch.randint(0, 50, (1, 200), generator=generator(step)).cuda()
+        grad = torch.sparse_coo_tensor(indices, ordinary((200, 24), step).cuda(), (50, 24), check_invariants=True)
+        params[0].grad, params[1].grad = grad, grad.coalesce()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_bits(params[0].detach(), params[1].detach())
+
+
+def test_a_coalesced_sparse_step_is_one_launch() -> None:
+    table, dense = Parameter(ordinary((500, 64), 1).cuda()), Parameter(ordinary((3000,), 2).cuda())
+    grad = torch.sparse_coo_tensor(
+        torch.arange(0, 500, 5)[None].cuda(),
+        ordinary((100, 64), 3).cuda(),
+        (500, 64),
+        is_coalesced=True,
+        check_invariants=True,
+    )
+    table.grad, dense.grad = grad, ordinary((3000,), 4).cuda()
+    launched, copies = kernels(fusedopt.Adagrad([table, dense], fused=True).step)
+    assert len(launched) == 1 and "Adagrad" in launched[0]
+    assert all("HtoD" in copy for copy in copies)
 
 
 def test_long_run() -> None:
@@ -228,7 +277,7 @@ def test_replays_equal_steps(row: Row) -> None:
         for i, param in enumerate(params):
             param.grad = ordinary(param.shape, 10 + i).cuda()
         lr = torch.tensor(1e-2, device="cuda")
-        pairs.append((params, row.make(params, lr=lr, capturable=True), lr))
+        pairs.append((params, row.make(params, lr=lr, **row.on_device()), lr))
     (captured, optimizer, lr), (eager, twin, twin_lr) = pairs
     warm_up(optimizer.step)
     warm_up(twin.step)
@@ -429,18 +478,28 @@ def test_beyond_32_bits(numel: int) -> None:
 # --- for compute-sanitizer: every path of the kernel, small -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("capturable", [False, True])
+SANITIZED = {
+    "adam": fusedopt.Adam,
+    "adam_device_counts": lambda groups: fusedopt.Adam(groups, capturable=True),
+    "radam_device_counts": lambda groups: fusedopt.RAdam(groups, capturable=True),
+    "adagrad": lambda groups: fusedopt.Adagrad([{"params": group["params"]} for group in groups]),
+}
+
+
+@pytest.mark.parametrize("make", SANITIZED.values(), ids=SANITIZED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_sanitizer(dtype: torch.dtype, capturable: bool) -> None:
+def test_sanitizer(dtype: torch.dtype, make: Callable[..., Optimizer]) -> None:
     flags: list[dict[str, Any]] = [{}, {"amsgrad": True, "weight_decay": 0.1}]
     values = [make(dtype, seed) for seed, make in enumerate(LAYOUTS.values())]
     values += [ordinary((size,), size, dtype) for size in (0, 1, CHUNK - 1, CHUNK, 2 * CHUNK + 3, 0)]
     params = [to_cuda(value).requires_grad_() for value in values]
     groups = [{"params": params[i::2], **flag} for i, flag in enumerate(flags)]
-    optimizer = fusedopt.Adam(groups, capturable=capturable)
+    optimizer = make(groups)
     for _ in range(2):
         for param in params:
             param.grad = torch.ones_like(param)
+        if isinstance(optimizer, fusedopt.Adagrad):
+            params[-2].grad = params[-2].grad.to_sparse()
         optimizer.step()
     torch.cuda.synchronize()
     assert all(torch.isfinite(param).all() for param in params)

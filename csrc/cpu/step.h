@@ -199,9 +199,13 @@ struct Step {
   }
 
   static void update(const TensorRow& row, int64_t begin, int64_t end) {
-    if constexpr (variant == Rule::kSparseVariant) return sparse(row, begin, end);
-    if (row.layout) return strided(row, begin, end);
-    dense(*static_cast<const Scalars*>(row.scalars), row.data, begin, end);
+    if constexpr (variant == Rule::kSparseVariant) {
+      sparse(row, begin, end);
+    } else if (row.layout) {
+      strided(row, begin, end);
+    } else {
+      dense(*static_cast<const Scalars*>(row.scalars), row.data, begin, end);
+    }
   }
 };
 
