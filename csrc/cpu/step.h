@@ -44,6 +44,16 @@ struct Step {
     if (i < end) block(s, data, i, static_cast<int>(end - i));
   }
 
+  // Where the streams have an element, counted in the order of their layout.
+  static void find(const Layout& layout, int64_t element, int64_t* offset) {
+    for (int k = 0; k < kNumStreams; ++k) offset[k] = layout.ndim == 0 ? element : 0;
+    for (int d = layout.ndim - 1; d >= 0; --d) {
+      const int64_t index = element % layout.dim[d].size;
+      element /= layout.dim[d].size;
+      for (int k = 0; k < kNumStreams; ++k) offset[k] += index * layout.dim[d].stride[k];
+    }
+  }
+
   // Any layout: runs along the fastest dimension; a stream that is not dense there goes through a small buffer.
   static void strided(const TensorRow& row, int64_t begin, int64_t end) {
     constexpr int64_t kRun = 256;
@@ -53,13 +63,8 @@ struct Step {
     const Layout::Dim& inner = layout.dim[layout.ndim - 1];
 
     while (begin < end) {
-      int64_t offset[kNumStreams] = {};
-      int64_t rest = begin;
-      for (int d = layout.ndim - 1; d >= 0; --d) {
-        const int64_t index = rest % layout.dim[d].size;
-        rest /= layout.dim[d].size;
-        for (int k = 0; k < kNumStreams; ++k) offset[k] += index * layout.dim[d].stride[k];
-      }
+      int64_t offset[kNumStreams];
+      find(layout, begin, offset);
       int64_t run = inner.size - begin % inner.size;
       if (run > end - begin) run = end - begin;
       if (run > kRun) run = kRun;
@@ -123,13 +128,8 @@ struct Step {
       const int64_t run = end - begin < kRun ? end - begin : kRun;
       for (int64_t i = 0; i < run; ++i) {
         const int64_t r = (begin + i) / sparse.row_numel;
-        int64_t rest = (begin + i) % sparse.row_numel, offset[kNumStreams];
-        for (int k = 0; k < kNumStreams; ++k) offset[k] = layout.ndim == 0 ? rest : 0;
-        for (int d = layout.ndim - 1; d >= 0; --d) {
-          const int64_t index = rest % layout.dim[d].size;
-          rest /= layout.dim[d].size;
-          for (int k = 0; k < kNumStreams; ++k) offset[k] += index * layout.dim[d].stride[k];
-        }
+        int64_t offset[kNumStreams];
+        find(layout, (begin + i) % sparse.row_numel, offset);
         locate(row, r, at[i]);
         add_up(scalars, row, r, offset[kGrad], 1, reinterpret_cast<G*>(buffer[kGrad]) + i);
         for (int k = 0; k < kNumStreams; ++k) {
