@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import inspect
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,14 +34,21 @@ import fusedopt
 from fusedopt._config import _C
 
 from . import harness
-from .harness import Contender, Row, Skipped, Spread, at_least, at_most, interleave, ratio_row, seconds
+from .harness import Contender, Row, Skipped, Spread, Target, at_least, at_most, interleave, ratio_row, seconds
 
 sys.path.append(str(harness.ROOT / "tests"))
-from reference import Hyper, assert_same_bits, low_precision_step, torch_loop_step
+from reference import assert_same_bits, torch_loop_step, transcription
 
 MI = 2**20
 OURS, FUSED, FOREACH, LOOP = "fusedopt", "torch fused", "torch foreach", "torch loop"
-TORCH_KINDS = {FUSED: {"fused": True}, FOREACH: {"foreach": True}, LOOP: {"foreach": False, "fused": False}}
+# The module that has the class, and the options that choose.
+KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
+    OURS: (fusedopt, {}),
+    FUSED: (torch.optim, {"fused": True}),
+    FOREACH: (torch.optim, {"foreach": True}),
+    LOOP: (torch.optim, {"foreach": False}),
+}
+FIRST_STEPS = {"Adam": 1, "RAdam": 6, "Adagrad": 1}  # untimed: RAdam's sixth is the first that is rectified
 
 
 def make_parameters(sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:
@@ -54,18 +64,34 @@ def make_parameters(sizes: Sequence[int], dtype: torch.dtype = torch.float32, se
     return params
 
 
-def make_optimizers(params: list[Parameter], kinds: Sequence[str], **options: Any) -> dict[str, Optimizer]:
-    """One optimizer of each kind, on the same parameters and the same moments; the step counts are each one's own."""
-    ours = fusedopt.Adam(params, **options)
-    ours.step()
-    optimizers: dict[str, Optimizer] = {OURS: ours}
+def available(kind: str, algorithm: str) -> bool:
+    """Whether the algorithm has this kind: torch's RAdam has no fused one."""
+    module, chosen = KINDS[kind]
+    return chosen.keys() <= inspect.signature(getattr(module, algorithm)).parameters.keys()
+
+
+def make_optimizer(kind: str, params: Sequence[Parameter], algorithm: str = "Adam", **options: Any) -> Optimizer:
+    module, chosen = KINDS[kind]
+    return getattr(module, algorithm)(params, **chosen, **options)
+
+
+def make_optimizers(
+    params: list[Parameter], kinds: Sequence[str], algorithm: str = "Adam", **options: Any
+) -> dict[str, Optimizer]:
+    """One optimizer of each available kind, on the same parameters and state; the step counts are each one's own."""
+    ours = make_optimizer(OURS, params, algorithm, **options)
+    for _ in range(FIRST_STEPS[algorithm]):
+        ours.step()
+    optimizers = {OURS: ours}
     for kind in kinds:
-        if kind == OURS:
+        if kind == OURS or not available(kind, algorithm):
             continue
-        optimizers[kind] = torch.optim.Adam(params, **TORCH_KINDS[kind], **options)
+        optimizers[kind] = made = make_optimizer(kind, params, algorithm, **options)
+        on_device = made.defaults.get("fused") or made.defaults.get("capturable")
         for param in params:
             state = ours.state[param]
-            optimizers[kind].state[param] = {**state, "step": state["step"].clone()}
+            step = state["step"].to(param.device if on_device else "cpu", copy=True)
+            made.state[param] = {**state, "step": step}
     return optimizers
 
 
@@ -98,18 +124,19 @@ def check(
     sizes: Sequence[int],
     dtype: torch.dtype = torch.float32,
     renew: Renew = kept,
-    steps: int = 3,
+    steps: int | None = None,
     zero_after: int | None = None,
+    algorithm: str = "Adam",
     **options: Any,
 ) -> None:
-    """Raise AssertionError unless fusedopt's parameters and moments equal the reference's after some steps."""
+    """Raise AssertionError unless fusedopt's parameters and state equal the reference's after some steps."""
     params = make_parameters(sizes, dtype)
     sources = [param.grad for param in params if param.grad is not None]
-    ours = fusedopt.Adam(params, **options)
+    ours = make_optimizer(OURS, params, algorithm, **options)
     twins = [Parameter(param.detach().clone()) for param in params]
-    theirs = torch.optim.Adam(twins, foreach=False, fused=False, **options)
+    theirs = make_optimizer(LOOP, twins, algorithm, **options)
     low_precision = dtype in (torch.bfloat16, torch.float16)
-    for step in range(1, steps + 1):
+    for step in range(1, (steps or FIRST_STEPS[algorithm] + 2) + 1):
         for source in sources:
             source.mul_(0.0 if zero_after is not None and step > zero_after else 0.75)
         renew(params, sources)
@@ -129,19 +156,13 @@ def check(
 
 def transcribed_step(param: Parameter, optimizer: Optimizer, step: int) -> None:
     """The reference for 16-bit dtypes, where torch's loop rounds every operation and we round what is stored."""
-    state = optimizer.state[param]
-    names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if optimizer.param_groups[0]["amsgrad"] else [])]
-    for name in names:
-        state.setdefault(name, torch.zeros_like(param))
+    formula, state = transcription(optimizer), optimizer.state[param]
     assert param.grad is not None
-    moments = [state.get(name) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")]
-    new = low_precision_step(
-        param.detach(), param.grad, *moments, hyper=Hyper.from_group(optimizer.param_groups[0]), step=step
-    )
+    before = {**formula.first_state(param), **state}
+    new, after = formula.step(param.detach(), param.grad, before, step)
+    state |= {"step": torch.tensor(float(step)), **after}
     with torch.no_grad():
-        param.copy_(new.param)
-        for name in names:
-            state[name].copy_(getattr(new, name))
+        param.copy_(new)
 
 
 # --- the traffic floor ---------------------------------------------------------------------------------------------
@@ -185,33 +206,43 @@ Quick = bool
 SMALL_QUARTERS = [50_000] * 3 + [49_999]  # enough for two threads
 
 
+def large(
+    title: str, algorithm: str, rivals: Sequence[str], target: Target, quick: Quick, **options: Any
+) -> Iterator[Row]:
+    """64M elements by one algorithm; the target is against the first rival, the only one in a quick run."""
+    check(SMALL_QUARTERS, algorithm=algorithm, **options)
+    params = make_parameters([16 * MI] * 4)
+    rivals = rivals[:1] if quick else rivals
+    optimizers = make_optimizers(params, rivals, algorithm, **options)
+    contenders = {name: Contender(optimizer.step) for name, optimizer in optimizers.items()}
+    for name in rivals[1:]:
+        contenders[name].every = 5
+    floors: list[str] = []
+    try:
+        floor = Floor(params, optimizers[OURS])
+        contenders |= floor.contenders()
+        floors = list(floor.contenders())
+    except Skipped as skipped:
+        yield Row(f"{title}: traffic floor", note=f"skipped: {skipped}")
+    samples = interleave(contenders, rounds=7 if quick else 25)
+    if floors:
+        best = min(floors, key=lambda name: seconds(samples, name).median)
+        yield ratio_row(f"{title}: of the floor", samples, OURS, best, at_most(1.08))
+        if FUSED in rivals:
+            yield ratio_row(f"{title}: torch fused of the floor", samples, FUSED, best)
+        rates = [floor.bytes_per_element * floor.numel / value / 1e9 for value in samples[best].values()]
+        yield Row(f"{title}: the floor's {floor.bytes_per_element} bytes an element", Spread.of(rates), "GB/s")
+    for name in rivals:
+        if name == FUSED:
+            yield ratio_row(f"{title}: of torch fused", samples, OURS, FUSED, target)
+        else:
+            yield ratio_row(f"{title}: faster than {name}", samples, name, OURS, target if name == rivals[0] else None)
+
+
 def step64m(quick: Quick) -> Iterator[Row]:
     """A step of 64M float32 in 4 tensors, against torch and against the same memory traffic."""
-    for title, options in (("adam", {}), ("amsgrad", {"amsgrad": True})):
-        check(SMALL_QUARTERS, **options)
-        params = make_parameters([16 * MI] * 4)
-        others = [FUSED] if quick or options else [FUSED, FOREACH, LOOP]
-        optimizers = make_optimizers(params, others, **options)
-        contenders = {name: Contender(optimizer.step) for name, optimizer in optimizers.items()}
-        for name in {FOREACH, LOOP} & contenders.keys():
-            contenders[name].every = 5
-        floors: list[str] = []
-        try:
-            floor = Floor(params, optimizers[OURS])
-            contenders |= floor.contenders()
-            floors = list(floor.contenders())
-        except Skipped as skipped:
-            yield Row(f"{title}: traffic floor", note=f"skipped: {skipped}")
-        samples = interleave(contenders, rounds=7 if quick else 25)
-        if floors:
-            best = min(floors, key=lambda name: seconds(samples, name).median)
-            yield ratio_row(f"{title}: of the floor", samples, OURS, best, at_most(1.08))
-            yield ratio_row(f"{title}: torch fused of the floor", samples, FUSED, best)
-            rates = [floor.bytes_per_element * floor.numel / value / 1e9 for value in samples[best].values()]
-            yield Row(f"{title}: the floor's {floor.bytes_per_element} bytes an element", Spread.of(rates), "GB/s")
-        yield ratio_row(f"{title}: of torch fused", samples, OURS, FUSED, at_most(1.02))
-        for name in others[1:]:
-            yield ratio_row(f"{title}: faster than {name}", samples, name, OURS)
+    yield from large("adam", "Adam", [FUSED, FOREACH, LOOP], at_most(1.02), quick)
+    yield from large("amsgrad", "Adam", [FUSED], at_most(1.02), quick, amsgrad=True)
 
 
 def avx2(quick: Quick) -> Iterator[Row]:
@@ -241,9 +272,15 @@ def avx2(quick: Quick) -> Iterator[Row]:
 
 
 def compare_small(
-    count: int, size: int, renew: Renew, calls: dict[str, int], rounds: int, slow_every: int = 10
+    count: int,
+    size: int,
+    renew: Renew,
+    calls: dict[str, int],
+    rounds: int,
+    slow_every: int = 10,
+    algorithm: str = "Adam",
 ) -> harness.Samples:
-    check([size] * min(count, 1000), renew=renew)
+    check([size] * min(count, 1000), renew=renew, algorithm=algorithm)
     params = make_parameters([size] * count)
     sources = [param.grad for param in params if param.grad is not None]
     contenders = {
@@ -253,7 +290,7 @@ def compare_small(
             calls=calls[name],
             every=slow_every if name in (FOREACH, LOOP) else 1,
         )
-        for name, optimizer in make_optimizers(params, list(calls)).items()
+        for name, optimizer in make_optimizers(params, list(calls), algorithm).items()
     }
     return interleave(contenders, rounds)
 
@@ -331,6 +368,112 @@ def dtypes(quick: Quick) -> Iterator[Row]:
         yield ratio_row(f"16M {str(dtype).removeprefix('torch.')}: of torch fused", samples, OURS, FUSED)
 
 
+def radam(quick: Quick) -> Iterator[Row]:
+    """RAdam, rectified: 64M elements, and 10,000 tensors of 10."""
+    yield from large("64M", "RAdam", [FOREACH, LOOP], at_least(4.5), quick)
+    calls, rounds = {OURS: 5, FOREACH: 1}, 4 if quick else 15
+    samples = compare_small(10_000, 10, kept, calls, rounds, slow_every=1, algorithm="RAdam")
+    yield ratio_row("10,000 x 10: faster than torch foreach", samples, FOREACH, OURS, at_least(50))
+
+
+def adagrad(quick: Quick) -> Iterator[Row]:
+    """Adagrad with dense gradients: the same."""
+    yield from large("64M", "Adagrad", [FUSED, FOREACH, LOOP], at_most(1.02), quick)
+    calls = {OURS: 5, FUSED: 2} | ({} if quick else {FOREACH: 1})
+    samples = compare_small(10_000, 10, kept, calls, 8 if quick else 20, slow_every=5, algorithm="Adagrad")
+    for name in list(calls)[1:]:
+        yield ratio_row(f"10,000 x 10: faster than {name}", samples, name, OURS)
+
+
+# --- sparse gradients ----------------------------------------------------------------------------------------------
+
+LOOKUPS, WIDTH = 4096, 64  # rows of an embedding that one step looks up, and the elements of a row
+Draw = Callable[[int, torch.Generator], Tensor]
+
+
+def distinct(rows: int, g: torch.Generator) -> Tensor:
+    """A row from each of equal parts of the table, a quarter of them twice; in no order."""
+    part = rows // LOOKUPS
+    once = torch.arange(LOOKUPS) * part + torch.randint(part, (LOOKUPS,), generator=g)
+    twice = once[torch.randperm(LOOKUPS, generator=g)[: LOOKUPS // 4]]
+    found = torch.cat([once, twice])
+    return found[torch.randperm(found.numel(), generator=g)]
+
+
+def uniform(rows: int, g: torch.Generator) -> Tensor:
+    return torch.randint(rows, (LOOKUPS,), generator=g)
+
+
+def zipf(rows: int, g: torch.Generator) -> Tensor:
+    """As words come up in a text: many rows three times and more."""
+    frequency = torch.arange(1, rows + 1, dtype=torch.float64) ** -1.1
+    return torch.multinomial(frequency, LOOKUPS, replacement=True, generator=g)
+
+
+class Table:
+    """An embedding, and sparse gradients for so many steps that their rows do not stay in the caches."""
+
+    def __init__(self, rows: int, draw: Draw, batches: int = 50) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.param = Parameter(torch.ones(rows, WIDTH))
+        indices = [draw(rows, g)[None] for _ in range(batches)]
+        self._indices = itertools.cycle(indices)
+        self._values = torch.randn(indices[0].numel(), WIDTH, generator=g)
+        self.renew()
+
+    def renew(self) -> None:
+        self.param.grad = torch.sparse_coo_tensor(next(self._indices), self._values, self.param.shape)
+
+
+def check_sparse(draw: Draw) -> None:
+    """Raise AssertionError unless steps on a small table give torch's bits."""
+    ours = Table(5 * LOOKUPS, draw)
+    twin = Parameter(ours.param.detach().clone())
+    optimizer, theirs = make_optimizer(OURS, [ours.param], "Adagrad"), make_optimizer(LOOP, [twin], "Adagrad")
+    for _ in range(3):
+        ours.renew()
+        assert ours.param.grad is not None
+        twin.grad = ours.param.grad.clone()
+        optimizer.step()
+        torch_loop_step(theirs)
+    assert_same_bits(ours.param, twin, "the parameter")
+    for name, value in theirs.state[twin].items():
+        assert_same_bits(optimizer.state[ours.param][name], value, name)
+
+
+def available_gib() -> float:
+    found = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
+    return int(found[1]) / MI if found else 0.0
+
+
+def sparse(quick: Quick) -> Iterator[Row]:
+    """Adagrad on an embedding, 4,096 of whose rows of 64 are looked up: sparse gradients, not coalesced."""
+    torch.sparse.check_sparse_tensor_invariants.disable()  # explicitly: else torch's step warns
+    rounds = 10 if quick else 40
+    for draw, target in ((distinct, at_least(4)), (uniform, None), (zipf, None)):
+        check_sparse(draw)
+        table = Table(MI, draw)
+        contenders = {
+            name: Contender(optimizer.step, table.renew, calls=10 if name == OURS else 3)
+            for name, optimizer in make_optimizers([table.param], [LOOP], "Adagrad").items()
+        }
+        samples = interleave(contenders, rounds)
+        yield ratio_row(f"1M rows, {draw.__name__}: faster than torch loop", samples, LOOP, OURS, target)
+
+    large_rows = 4 if available_gib() > 6 else 2
+    names = {f"{rows}M rows": rows * MI for rows in (1, large_rows)}
+    contenders = {}
+    for name, rows in names.items():
+        table = Table(rows, distinct)
+        (optimizer,) = make_optimizers([table.param], [], "Adagrad").values()
+        contenders[name] = Contender(optimizer.step, table.renew, calls=10)
+    few, many = names
+    yield ratio_row(f"{many}: of {few}", interleave(contenders, rounds), many, few, at_most(1.15))
+
+
+# --- installing ----------------------------------------------------------------------------------------------------
+
+
 def import_time(quick: Quick) -> Iterator[Row]:
     """What importing fusedopt adds to importing torch, each in a fresh process."""
     code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
@@ -384,6 +527,9 @@ BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {
     "host": host,
     "zeros": zeros,
     "dtypes": dtypes,
+    "radam": radam,
+    "adagrad": adagrad,
+    "sparse": sparse,
     "import": import_time,
     "build": build,
 }

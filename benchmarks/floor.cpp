@@ -1,4 +1,4 @@
-// The memory streams of a step with no arithmetic worth the name: what any Adam kernel must at least take.
+// The memory streams of a step with no arithmetic worth the name: what any kernel must at least take.
 //
 // `streams` is a row of num_streams pointers for each tensor: the gradient, which is only read, then the param and its
 // state, which are read and written back. They keep their values (`mask` is 0, which the compiler cannot know), so the
@@ -44,7 +44,8 @@ struct Work {
       const int64_t from = begin > start ? begin - start : 0;
       const int64_t to = end - start < sizes[t] ? end - start : sizes[t];
       if (from >= to) continue;
-      num_streams == 4 ? span<3>(streams + t * num_streams, from, to) : span<4>(streams + t * num_streams, from, to);
+      uint32_t* const* at = streams + t * num_streams;
+      num_streams == 3 ? span<2>(at, from, to) : num_streams == 4 ? span<3>(at, from, to) : span<4>(at, from, to);
     }
   }
 
@@ -60,7 +61,7 @@ struct Work {
 
 }  // namespace
 
-// num_streams is 4 (Adam) or 5 (AMSGrad).
+// num_streams is 3 (Adagrad), 4 (Adam) or 5 (AMSGrad).
 extern "C" void fusedopt_floor(uint32_t* const* streams, const int64_t* sizes, int64_t num_tensors, int num_streams,
                                int64_t chunk, int num_threads, uint32_t mask) {
   Work work{streams, sizes, num_tensors, 0, chunk, num_streams, mask};

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import itertools
 import json
 import os
 import re
@@ -42,32 +43,40 @@ import fusedopt
 from fusedopt._config import _C
 
 from . import harness
+from .cpu import (
+    FIRST_STEPS,
+    FOREACH,
+    FUSED,
+    KINDS,
+    LOOKUPS,
+    LOOP,
+    MI,
+    OURS,
+    WIDTH,
+    Quick,
+    Renew,
+    assigned,
+    available,
+    distinct,
+    kept,
+    make_optimizer,
+    make_optimizers,
+)
 from .harness import Contender, Row, Samples, Skipped, Spread, Target, at_least, at_most, ratio_row
 
 sys.path.append(str(harness.ROOT / "tests"))
 from reference import assert_same_bits
 
 DEVICE = "cuda"
-KI, MI = 2**10, 2**20
-OURS, CAPTURABLE = "fusedopt", "fusedopt capturable"
-FUSED, FOREACH, LOOP, COMPILED = "torch fused", "torch foreach", "torch loop", "torch compiled"
+KI = 2**10
+CAPTURABLE, COMPILED = "fusedopt capturable", "torch compiled"
 COPY, FLOOR = "copy", "floor"
-TORCH_KINDS: dict[str, dict[str, bool]] = {
-    FUSED: {"fused": True},
-    FOREACH: {"foreach": True},
-    LOOP: {"foreach": False, "fused": False},
-    COMPILED: {"foreach": True, "capturable": True},  # what the compiler makes of it anyhow
+KINDS |= {
+    CAPTURABLE: (fusedopt, {"capturable": True}),
+    COMPILED: (torch.optim, {"foreach": True, "capturable": True}),  # what the compiler makes of it anyhow
 }
-STEP_ON_DEVICE = (CAPTURABLE, FUSED, COMPILED)
 REFUSED = "REFUSED, wrong result"
 Shape = tuple[int, ...]
-Quick = bool
-
-
-def make_optimizer(kind: str, params: list[Parameter], **options: Any) -> Optimizer:
-    if kind in (OURS, CAPTURABLE):
-        return fusedopt.Adam(params, capturable=kind == CAPTURABLE, **options)
-    return torch.optim.Adam(params, **TORCH_KINDS[kind], **options)
 
 
 def make_parameters(shapes: Sequence[Shape], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:
@@ -81,37 +90,6 @@ def make_parameters(shapes: Sequence[Shape], dtype: torch.dtype = torch.float32,
     for param in params:
         param.grad = values(param.shape)
     return params
-
-
-def make_optimizers(params: list[Parameter], kinds: Sequence[str], **options: Any) -> dict[str, Optimizer]:
-    """One optimizer of each kind, on the same parameters and moments; step counts of its own, where it keeps them."""
-    ours = make_optimizer(OURS, params, **options)
-    ours.step()
-    optimizers = {OURS: ours}
-    for kind in kinds:
-        if kind == OURS:
-            continue
-        optimizers[kind] = make_optimizer(kind, params, **options)
-        for param in params:
-            state = ours.state[param]
-            step = state["step"].to(DEVICE if kind in STEP_ON_DEVICE else "cpu", copy=True)
-            optimizers[kind].state[param] = {**state, "step": step}
-    return optimizers
-
-
-# --- where a step's gradients come from ----------------------------------------------------------------------------
-
-Renew = Callable[[list[Parameter], list[Tensor]], None]
-
-
-def kept(params: list[Parameter], grads: list[Tensor]) -> None:
-    """The gradient tensors of the step before."""
-
-
-def assigned(params: list[Parameter], grads: list[Tensor]) -> None:
-    """New tensors, assigned to .grad."""
-    for param, grad in zip(params, torch._foreach_mul(grads, 1.0), strict=True):
-        param.grad = grad
 
 
 # --- correctness ---------------------------------------------------------------------------------------------------
@@ -153,23 +131,25 @@ def check(
     kinds: Sequence[str],
     dtype: torch.dtype = torch.float32,
     renew: Renew = kept,
-    steps: int = 3,
+    algorithm: str = "Adam",
+    first: list[Tensor] | None = None,
     **options: Any,
 ) -> tuple[list[str], list[Row]]:
-    """The kinds whose steps on the device are right, and a note about each other one.
+    """The kinds, of those available, whose steps on the device are right, and a note about each other one.
 
-    Raises AssertionError if fusedopt itself is wrong.
+    `first` holds the first step's gradients, on the CPU, if they are to be special. Raises AssertionError if fusedopt
+    itself is wrong.
     """
     g = torch.Generator().manual_seed(1)
     values = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
-    first = [torch.randn(shape, generator=g) for shape in shapes]
-    grads = [[(grad * 0.75**step).to(dtype) for grad in first] for step in range(steps)]
-    options = {"lr": CHECK_LR[dtype], **options}
+    first = first or [torch.randn(shape, generator=g) for shape in shapes]
+    grads = [[(grad * 0.75**step).to(dtype) for grad in first] for step in range(FIRST_STEPS[algorithm] + 2)]
+    options = {"lr": CHECK_LR[dtype], "algorithm": algorithm, **options}
     expected, reference = trained(OURS, values, grads, "cpu", renew, **options)
 
     right: list[str] = []
     notes: list[Row] = []
-    for kind in kinds:
+    for kind in [kind for kind in kinds if available(kind, algorithm)]:
         same = assert_same_bits if kind in (OURS, CAPTURABLE) else assert_close
         try:
             actual, optimizer = trained(kind, values, grads, DEVICE, renew, **options)
@@ -377,19 +357,20 @@ def rounds_for(quick: Quick) -> int:
 # --- the benchmarks ------------------------------------------------------------------------------------------------
 
 
-def model(pattern: Pattern, dtype: torch.dtype, quick: Quick, **options: Any) -> Iterator[Row]:
+def model(pattern: Pattern, dtype: torch.dtype, quick: Quick, algorithm: str = "Adam", **options: Any) -> Iterator[Row]:
     """Device times of a model's step: of the copy's bandwidth, and of the rivals."""
     shapes, small = pattern
-    rivals = [CAPTURABLE, FUSED] if quick else [CAPTURABLE, FUSED, FOREACH, LOOP]
-    kinds, notes = check(small, [OURS, *rivals], dtype, **options)
+    rivals = [kind for kind in (FUSED, FOREACH, LOOP) if available(kind, algorithm)]
+    wanted = [OURS, CAPTURABLE, *(rivals[:1] if quick else rivals)]
+    kinds, notes = check(small, wanted, dtype, algorithm=algorithm, **options)
     yield from notes
     params = make_parameters(shapes, dtype)
-    optimizers = make_optimizers(params, kinds, **options)
+    optimizers = make_optimizers(params, kinds, algorithm, **options)
     copy, timer = Copy(), Timer()
     contenders = {name: Contender(optimizer.step) for name, optimizer in optimizers.items()}
     samples = take_turns({**contenders, COPY: copy.contender()}, timer.device, rounds_for(quick))
     size = step_bytes(params, optimizers[OURS])
-    yield from against_copy("", samples, copy, size, [OURS, CAPTURABLE, FUSED], at_least(0.93))
+    yield from against_copy("", samples, copy, size, [OURS, CAPTURABLE, rivals[0]], at_least(0.93))
     yield from compare("of torch fused's time", samples, OURS, FUSED, at_most(1.0))
     for name in (FOREACH, LOOP):
         yield from compare(f"faster than {name}", samples, name, OURS)
@@ -409,6 +390,46 @@ def llama_bfloat16(quick: Quick) -> Iterator[Row]:
 def llama_amsgrad(quick: Quick) -> Iterator[Row]:
     """The same in float32 with AMSGrad."""
     yield from model(llama(), torch.float32, quick, amsgrad=True)
+
+
+def llama_radam(quick: Quick) -> Iterator[Row]:
+    """The same in float32 by RAdam, rectified; torch has no fused one."""
+    yield from model(llama(), torch.float32, quick, "RAdam")
+
+
+def llama_adagrad(quick: Quick) -> Iterator[Row]:
+    """The same in float32 by Adagrad."""
+    yield from model(llama(), torch.float32, quick, "Adagrad")
+
+
+def sparse(quick: Quick) -> Iterator[Row]:
+    """Adagrad on an embedding, with coalesced gradients for 4,096 of its 1M rows of 64."""
+    torch.sparse.check_sparse_tensor_invariants.disable()  # explicitly: else torch's step warns
+    g = torch.Generator().manual_seed(0)
+
+    def gradient(rows: int) -> Tensor:
+        values = torch.randn(LOOKUPS, WIDTH, generator=g)
+        return torch.sparse_coo_tensor(distinct(rows, g).unique()[None], values, (rows, WIDTH), is_coalesced=True)
+
+    rows = 5 * LOOKUPS
+    kinds, notes = check([(rows, WIDTH)], [OURS, LOOP], algorithm="Adagrad", first=[gradient(rows)])
+    yield from notes
+    param = Parameter(torch.ones(MI, WIDTH, device=DEVICE))
+    grads = itertools.cycle([gradient(MI).to(DEVICE) for _ in range(8)])
+
+    def renew() -> None:
+        param.grad = next(grads)
+
+    renew()
+    optimizers = make_optimizers([param], kinds, "Adagrad")
+    contenders = {name: Contender(optimizer.step, renew) for name, optimizer in optimizers.items()}
+    timer = Timer()
+    for title, measure in (("device", timer.device), ("wall", timer.wall), ("host", timer.host)):
+        samples = take_turns(contenders, measure, rounds_for(quick))
+        yield from compare(f"{title}: faster than {LOOP}", samples, LOOP, OURS)
+        yield from timer.waits("")
+    for name, contender in contenders.items():
+        yield launches(name, contender)
 
 
 def gpt2_float32(quick: Quick) -> Iterator[Row]:
@@ -623,6 +644,9 @@ BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {
     "small": small1000,
     "host": host,
     "amsgrad": llama_amsgrad,
+    "radam": llama_radam,
+    "adagrad": llama_adagrad,
+    "sparse": sparse,
     "others": others,
     "comp-gpt2": compiled_gpt2,
     "comp-llama": compiled_llama,
