@@ -38,6 +38,7 @@ struct SparseGrad {
   int64_t dim_stride, value_stride;  // from one index of a value to its next, from one value's to the next value's
   int64_t grad_stride;               // elements from one value to the next
   int64_t row_numel;                 // elements of a row
+  bool is_one_element;               // all that it touches, of a contiguous parameter
   int num_dims;
   const Layout::Dim* dims;  // the sparse ones of the parameter and its state
   // Values that belong in one place are added up: row r is the sum of the values order[first[r]] to

@@ -71,6 +71,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             RuntimeError: about a parameter, gradient or state that cannot be updated rightly, naming its group, index
                 and name. Nothing was changed by that step.
+            ValueError: a step count for which the step size is not finite. Nothing was changed.
         """
         if self._any_differentiable():
             return self._torch_step(closure)
@@ -170,6 +171,9 @@ class FusedOptimizer(Optimizer):
                 param_state.clear()
                 param_state.update(items)
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self._own_options.items():
+                group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of the torch class of the same name.

@@ -22,8 +22,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     A sparse (COO) gradient, coalesced or not, with any number of dense dimensions, updates the rows that it has values
     for; no others are read or written. Values for the same row are added up first. Parameters with sparse and with
     dense gradients may share an optimizer: they are updated by the same native call. On a CUDA device a gradient that
-    is not coalesced is first given to :meth:`torch.Tensor.coalesce`, which may wait for the device; of one that claims
-    to be, indices that are out of range are left out, since the host does not see them.
+    is not coalesced is first given to :meth:`torch.Tensor.coalesce`, which may wait for the device. One that says it is
+    coalesced is believed there, since the host does not see the indices: those out of range are left out, and if some
+    repeat, the result is undefined. On the CPU they are looked at.
 
     Args:
         params: as for :class:`fusedopt.Adam`. Complex parameters are updated as their real views, from sparse gradients

@@ -187,6 +187,15 @@ def test_any_step_count_on_the_device(cls: type[Optimizer], beta: float, count: 
     assert_same_state(on_device, on_cpu)
 
 
+def test_betas_that_are_neighbours(device: Device) -> None:
+    """The tables of corrections are shared by all; these two betas have the same first three."""
+    for beta2 in (0.6863928732979054, 0.6863928732979055):
+        on_device, on_cpu = twins(lambda p, b=beta2: fusedopt.RAdam(p, betas=(0.9, b), capturable=True), [100])
+        for seed in range(15):
+            step_both(device, on_device, on_cpu, seed, numbers=True)
+        assert_same_state(on_device, on_cpu)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_betas_on_the_device(dtype: torch.dtype, device: Device) -> None:
     def make(params: list[Parameter]) -> Optimizer:
@@ -537,6 +546,30 @@ def test_eager_steps_leave_a_captured_table_alone(device: Device) -> None:
     device.leave()
     on_cpu.step()
     assert_same_state(on_device, on_cpu)
+
+
+def test_a_captured_step_with_sparse_gradients(device: Device) -> None:
+    """A coalesced one is captured; one that is not would have to be coalesced in every replay, and says so."""
+    param = Parameter(torch.randn(20, 4, generator=generator(1)))
+    optimizer = fusedopt.Adagrad([param], fused=True)
+    values = torch.randn(5, 4, generator=generator(2))
+    indices = torch.tensor([[1, 3, 5, 7, 19]])
+    param.grad = torch.sparse_coo_tensor(indices, values, (20, 4), is_coalesced=True, check_invariants=True)
+    twin = Parameter(param.detach().clone())
+    twin.grad = torch.sparse_coo_tensor(indices, values, (20, 4), is_coalesced=True, check_invariants=True)
+    expected = fusedopt.Adagrad([twin])
+    device.use(numbers=True)
+    optimizer.step()
+    with device.capture() as replay:
+        optimizer.step()
+    replay(), replay()
+    with device.capture(), pytest.raises(RuntimeError, match=r"the gradient is sparse and not coalesced"):
+        param.grad = torch.sparse_coo_tensor(indices, values, (20, 4), check_invariants=True)
+        optimizer.step()
+    device.leave()
+    for _ in range(3):
+        expected.step()
+    assert_same_bits(param.detach(), twin.detach())
 
 
 def test_gradients_made_during_capture(device: Device) -> None:

@@ -1,6 +1,7 @@
 """Sparse gradients of Adagrad: torch's bits, and no row that is not touched."""
 
 import copy
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +55,7 @@ class Pair:
 
     def step(self, *grads: Tensor) -> None:
         for p, q, grad in zip(self.ours, self.theirs, grads, strict=True):
-            p.grad, q.grad = grad, grad.clone()
+            p.grad = q.grad = grad  # a clone would have other strides
         self.optimizer.step()
         with correctly_rounded_sqrt():
             self.expected.step()
@@ -74,6 +75,44 @@ def test_torchs_bits(shape: tuple[int, ...], dims: int, options: dict[str, Any],
         if step == 4 or (step == 5 and way == CUDA_ON_HOST):
             grad = grad.coalesce()
         pair.step(grad)
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], int, Callable[[Tensor], Tensor]]] = {
+    "vector": ((40,), 1, lambda t: t),
+    "strided": ((40,), 1, lambda t: torch.stack([t, t], 1)[:, 0]),
+    "transposed": ((9, 7), 2, lambda t: t.mT.contiguous().mT),
+    "a_column": ((40, 1), 1, lambda t: t),
+    "number": ((), 0, lambda t: t),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_single_element(layout: str, count: int) -> None:
+    """Where one is touched in all torch takes another way, and rounds a product more, of contiguous parameters."""
+    shape, dims, arrange = LAYOUTS[layout]
+    for seed in range(100):
+        param = arrange(torch.randn(shape, dtype=torch.float64, generator=generator(seed)))
+        twin = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype).copy_(param)
+        pair = Pair([Parameter(param)])
+        pair.theirs[0].data = twin
+        for step in range(2):
+            g = generator(10 * seed + step)
+            indices = torch.randint(0, 4, (dims, count), generator=g) if layout != "a_column" else None
+            if indices is None or seed % 2:
+                indices = torch.zeros(dims, count, dtype=torch.int64)
+            values = torch.randn(count, *shape[dims:], dtype=torch.float64, generator=g)
+            pair.step(sparse(indices, values, shape))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_expanded_indices(maximize: bool) -> None:
+    """torch's order of the values depends on the strides of the indices; negating a gradient makes them contiguous."""
+    for seed in range(20):
+        pair = Pair([make_param((5,))], maximize=maximize)
+        indices = torch.tensor([[seed % 5]]).expand(1, 64)
+        values = torch.randn(64, generator=generator(seed)) * 10 ** torch.randn(64, generator=generator(seed + 100))
+        pair.step(torch.sparse_coo_tensor(indices, values, (5,), check_invariants=True))
 
 
 def test_dense_and_sparse_in_one_call(capability: str) -> None:
@@ -378,7 +417,7 @@ def test_indices_out_of_range_on_a_device(set_capability: Callable[[str], None])
 
 
 def test_repeats_in_a_gradient_that_claims_to_be_coalesced() -> None:
-    """Indices are looked at, not the flag: they are added up."""
+    """On the CPU the indices are looked at, not the flag: they are added up."""
     results = []
     for claims in (False, True):
         param = make_param((10, 4))
@@ -403,6 +442,59 @@ def test_values_in_what_is_written() -> None:
     param.grad = sparse(torch.tensor([[1, 5]]), param.detach()[3:5], (10, 4))
     with pytest.raises(RuntimeError, match=r"the gradient shares memory with param_groups\[0\]\['params'\]\[0\]"):
         fusedopt.Adagrad([param]).step()
+
+
+def test_indices_in_what_is_written() -> None:
+    """The kernel reads them when they have been checked."""
+    param = make_param((64,), torch.float64)
+    optimizer = fusedopt.Adagrad([param])
+    indices = optimizer.state[param]["sum"].view(torch.int64)
+    indices.copy_((torch.arange(64) + 32) % 64)
+    param.grad = torch.sparse_coo_tensor(indices[None], torch.ones(64).double(), (64,), check_invariants=True)
+    with pytest.raises(RuntimeError, match=r"the gradient's indices share memory with .* \(its state 'sum'\)"):
+        optimizer.step()
+
+
+def test_freed_indices_and_values() -> None:
+    for part in ("_indices", "_values"):
+        param = make_param((10, 4))
+        param.grad = make_grad((10, 4), 1, 5, 0)
+        getattr(param.grad, part)().untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=r"\['params'\]\[0\]: the gradient .*no memory"):
+            fusedopt.Adagrad([param]).step()
+
+
+def test_weight_decay_on_a_device_is_refused(set_capability: Callable[[str], None], cuda_library: Any) -> None:
+    """Its value is not known, so it may not be zero."""
+    _C.set_cuda_on_host(cuda_library._name, True)
+    param = make_param((10, 4))
+    optimizer = fusedopt.Adagrad([param], fused=True)
+    optimizer.param_groups[0]["weight_decay"] = torch.tensor(0.5)
+    param.grad = make_grad((10, 4), 1, 5, 0)
+    try:
+        with pytest.raises(RuntimeError, match="weight_decay option is not compatible with sparse gradients"):
+            optimizer.step()
+    finally:
+        _C.set_cuda_on_host("", False)
+
+
+def test_state_cleared_by_a_mode_in_the_step() -> None:
+    """Python code that torch calls while a gradient is taken apart."""
+    param = make_param((10, 4))
+    optimizer = fusedopt.Adagrad([param])
+    param.grad = make_grad((10, 4), 1, 5, 0)
+    optimizer.step()
+
+    class Clearing(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "_values" in str(func):
+                optimizer.state.clear()
+                gc.collect()
+            return func(*args, **(kwargs or {}))
+
+    with Clearing():
+        optimizer.step()  # with what it had
+    assert not optimizer.state
 
 
 def test_state_missing_or_of_another_dtype() -> None:

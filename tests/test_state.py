@@ -685,6 +685,36 @@ def test_a_failed_first_step_leaves_an_empty_state_dict_alone() -> None:
     assert list(optimizer.state) == [p] and optimizer.state[p] is touched and touched == {}
 
 
+@pytest.mark.parametrize("cls", [fusedopt.Adam, fusedopt.RAdam])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (1 - 2**-20, 1 - 2**-53)])
+@pytest.mark.parametrize("count", [-1.0, -3.5, -10.0])
+def test_step_counts_below_zero(cls: type[Optimizer], betas: tuple[float, float], count: float) -> None:
+    """Of a damaged checkpoint: powers that cannot correct anything, and steps in the wrong direction."""
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = cls([p], betas=betas)
+    optimizer.step()
+    optimizer.state[p]["step"].fill_(count)
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="not below 1"):
+        optimizer.step()
+    assert_same_bits(p.detach(), before)
+    assert optimizer.state[p]["step"] == count
+
+
+def test_options_that_older_pickles_lack() -> None:
+    optimizer = fusedopt.RAdam([Parameter(torch.ones(3))])
+    state = optimizer.__getstate__()
+    for name in ("amsgrad", "degenerate_to_sgd", "optimized_update"):
+        del state["param_groups"][0][name]
+    other = fusedopt.RAdam.__new__(fusedopt.RAdam)
+    other.__setstate__(state)
+    (p,) = other.param_groups[0]["params"]
+    p.grad = torch.ones(3)
+    other.step()
+    assert other.param_groups[0]["degenerate_to_sgd"] is True
+
+
 def test_beta1_of_one_changes_nothing() -> None:
     p = Parameter(torch.ones(3))
     p.grad = torch.ones(3)

@@ -97,7 +97,7 @@ struct Step {
     constexpr int64_t kRun = 256;
     alignas(64) G buffer[kRun];
     const SparseGrad& sparse = *row.layout->sparse;
-    const Scalars scalars = *static_cast<const Scalars*>(row.scalars);
+    const Scalars scalars = scalars_of(row);
     while (begin < end) {
       const int64_t r = begin / sparse.row_numel, from = begin % sparse.row_numel;
       int64_t run = sparse.row_numel - from;
@@ -123,7 +123,7 @@ struct Step {
     for (int k = 0; k < kNumStreams; ++k) data[k] = buffer[k];
     const Layout& layout = *row.layout;
     const SparseGrad& sparse = *layout.sparse;
-    const Scalars scalars = *static_cast<const Scalars*>(row.scalars);
+    const Scalars scalars = scalars_of(row);
     while (begin < end) {
       const int64_t run = end - begin < kRun ? end - begin : kRun;
       for (int64_t i = 0; i < run; ++i) {
@@ -146,6 +146,12 @@ struct Step {
       }
       begin += run;
     }
+  }
+
+  static Scalars scalars_of(const TensorRow& row) {
+    Scalars scalars = *static_cast<const Scalars*>(row.scalars);
+    if (row.layout->sparse->is_one_element) scalars.flags |= Gradient::kOneElement;
+    return scalars;
   }
 
   // Where row r of a sparse gradient begins in the parameter and its state.

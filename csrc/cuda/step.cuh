@@ -114,11 +114,11 @@ struct Update {
 
   // The same for a sparse gradient, whose indices are in order, each but once. One that is out of range cannot be told
   // to the host, and is left out.
-  FUSEDOPT_DEVICE_CALL static void sparse(const Scalars s, const Row* row_at, std::byte* grad,
-                                          const SparseGrad* sparse_at, const Layout::Dim* dims, int64_t begin,
-                                          int64_t end, int thread) {
+  FUSEDOPT_DEVICE_CALL static void sparse(Scalars s, const Row* row_at, std::byte* grad, const SparseGrad* sparse_at,
+                                          const Layout::Dim* dims, int64_t begin, int64_t end, int thread) {
     const Row& row = *global(row_at);
     const SparseGrad& sparse = *global(sparse_at);
+    if (sparse.is_one_element) s.flags |= Gradient::kOneElement;
     const Layout::Dim* outer = dims + row.layout - sparse.num_dims;
     for (int64_t i = begin + thread; i < end; i += kThreads) {
       const int64_t value = i / sparse.row_numel;

@@ -65,14 +65,7 @@ std::unique_ptr<Layout> plan_row(const Streams& streams, TensorRow* row) {
 
   // Almost always all are contiguous.
   bool contiguous = true;
-  for (int k = 0; k < streams.count && contiguous; ++k) {
-    int64_t expected = 1;
-    for (int d = param.ndim - 1; d >= 0; --d) {
-      if (param.shape[d] == 1) continue;
-      contiguous &= streams.view[k].strides[d] == expected;
-      expected *= param.shape[d];
-    }
-  }
+  for (int k = 0; k < streams.count; ++k) contiguous &= streams.view[k].is_contiguous();
   if (contiguous) return nullptr;
 
   auto layout = std::make_unique<Layout>();

@@ -117,6 +117,7 @@ class RuleDriver {
   // Why a group's parameters cannot have sparse gradients; null if they can.
   virtual const char* sparse_problem(size_t group) const = 0;
   virtual int sparse_variant() const = 0;
+  virtual bool ascends(size_t group) const = 0;
   virtual int max_states() const = 0;
   virtual const char* state_name(int k) const = 0;
   virtual int num_states(int variant) const = 0;
@@ -142,7 +143,8 @@ class RuleDriverOf final : public RuleDriver {
   }
 
   int id() const override { return rule_id; }
-  const char* sparse_problem(size_t group) const override { return Rule::sparse_problem(groups_[group].options); }
+  const char* sparse_problem(size_t group) const override { return groups_[group].sparse_problem; }
+  bool ascends(size_t group) const override { return groups_[group].options.maximize; }
   int sparse_variant() const override { return Rule::kSparseVariant; }
   int max_states() const override { return Rule::kNumStates; }
   const char* state_name(int k) const override { return Rule::kStateNames[k]; }
@@ -158,6 +160,7 @@ class RuleDriverOf final : public RuleDriver {
     if (num_groups_ == groups_.size()) groups_.emplace_back();
     PerGroup& g = groups_[num_groups_++];
     g.options = Rule::options(group);
+    g.sparse_problem = Rule::sparse_problem(g.options);
     g.on_device = std::move(group.on_device);
     g.lr_at = nullptr;
     if (!g.on_device.empty()) find_offsets(group, &g);
@@ -250,6 +253,7 @@ class RuleDriverOf final : public RuleDriver {
   struct PerGroup {
     typename Rule::Options options;
     double lr = 0;
+    const char* sparse_problem = nullptr;
     bool lr_is_tensor = false;
     DType lr_dtype = DType::kFloat32;
     const void* lr_at;  // an lr on a device
@@ -280,6 +284,7 @@ class RuleDriverOf final : public RuleDriver {
     for (group.marked = 0; group.marked < g->on_device.size(); ++group.marked) {
       group.on_device.clear();
       const typename Rule::Options marked = Rule::options(group);
+      if (!g->sparse_problem) g->sparse_problem = Rule::sparse_problem(marked);  // it is not known to be zero
       const auto* after = reinterpret_cast<const char*>(&marked);
       size_t at = 0;
       while (at < sizeof marked && std::memcmp(before + at, after + at, sizeof(double)) == 0) at += sizeof(double);
@@ -292,18 +297,16 @@ class RuleDriverOf final : public RuleDriver {
   struct Corrections {
     const cuda::Runtime* runtime;
     int device;
-    std::string key;  // what the first few are: tells one set of options from another
+    typename Rule::Powers powers;  // what they depend on
     void* at;
     int64_t count;
     bool final;
   };
   const Corrections* corrections(const typename Rule::Options& options, int device) {
-    typename Rule::Corrections first[3];
-    for (int t = 0; t < 3; ++t) first[t] = Rule::corrections(options, t + 1);
-    if (const char* problem = Rule::problem(first[0])) throw std::domain_error(problem);
-    std::string key(reinterpret_cast<const char*>(first), sizeof first);
+    if (const char* problem = Rule::problem(Rule::corrections(options, 1))) throw std::domain_error(problem);
+    const typename Rule::Powers powers = Rule::powers(options);
     const auto is_wanted = [&](const Corrections& c) {
-      return c.runtime == cuda::runtime() && c.device == device && c.key == key;
+      return c.runtime == cuda::runtime() && c.device == device && c.powers == powers;
     };
     int used_here = 0;
     for (const Corrections* known : used_) {
@@ -324,7 +327,7 @@ class RuleDriverOf final : public RuleDriver {
     const size_t bytes = all.size() * sizeof all[0];
     void* at = cuda::runtime()->allocate(device, bytes);
     cuda::runtime()->copy_now(device, at, all.data(), bytes);
-    corrections_.push_back({cuda::runtime(), device, std::move(key), at, static_cast<int64_t>(all.size()), final});
+    corrections_.push_back({cuda::runtime(), device, powers, at, static_cast<int64_t>(all.size()), final});
     used_.push_back(&corrections_.back());
     return used_.back();
   }

@@ -13,8 +13,8 @@ namespace fusedopt {
 
 class SparseRow {
  public:
-  // Takes the gradient apart. Throws, as `who`, if it does not fit the parameter.
-  void read(PyObject* grad, const TensorView& param, const ParamName& who);
+  // Takes the gradient apart. Throws, as `who`, if it does not fit the parameter. `ascends`: the step will negate it.
+  void read(PyObject* grad, const TensorView& param, bool ascends, const ParamName& who);
   // Its values, which must be of the parameter's dtype and device.
   const TensorView& values() const { return values_; }
 
@@ -22,20 +22,13 @@ class SparseRow {
   // the layout of what `written` below is.
   std::unique_ptr<Layout> plan(const Streams& streams, TensorRow* row);
 
-  // For WrittenMemory: all of the parameter and its state; the values.
-  TensorRow written{}, grad_memory{};
+  // For WrittenMemory: all of the parameter and its state; the values; the indices, numbers of 8 bytes.
+  TensorRow written{}, grad_memory{}, index_memory{};
   // References to all that was read, to be kept until the kernel is done.
   std::vector<py::object> take_held() { return std::move(held_); }
 
  private:
-  // A value of the gradient and where it belongs, as one number.
-  struct Placed {
-    int64_t place, value;
-  };
-
-  void find_rows(const py::object& indices, const ParamName& who);
-  void place_values(const ParamName& who);
-  void sort_by_place();
+  void find_rows(const py::object& indices, bool ascends, const ParamName& who);
 
   std::vector<py::object> held_;
   TensorView values_;
@@ -44,8 +37,7 @@ class SparseRow {
   SparseGrad grad_{};
   std::vector<Layout::Dim> dims_;
   std::vector<int64_t> order_, first_;
-  std::vector<Placed> placed_, scratch_;
-  std::unique_ptr<Layout> layout_, grad_layout_;
+  std::unique_ptr<Layout> layout_, grad_layout_, index_layout_;
 };
 
 }  // namespace fusedopt

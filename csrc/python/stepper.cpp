@@ -27,7 +27,7 @@ struct Stepper::Entry {
   const Signature* signature[kMaxStreams] = {};
   const Signature* step_signature = nullptr;
   std::byte* step = nullptr;
-  int64_t grad_bytes = 0;  // from the gradient's first element to behind its last
+  int64_t grad_bytes = 0;          // from the gradient's first element to behind its last
   std::unique_ptr<Layout> layout;  // of what is written
   bool is_sparse = false;          // the gradient
   std::unique_ptr<SparseRow> sparse;
@@ -328,7 +328,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
     if (const char* problem = rule_->sparse_problem(entry.group))
       throw std::runtime_error(problem + std::string(" (") + who.text() + ")");
     if (!entry.sparse) entry.sparse = std::make_unique<SparseRow>();
-    entry.sparse->read(dirty.grad, streams.view[kParam], who);
+    entry.sparse->read(dirty.grad, streams.view[kParam], rule_->ascends(entry.group), who);
     for (py::object& held : entry.sparse->take_held()) scan->held.take(held.release().ptr());
     streams.view[kGrad] = entry.sparse->values();
     must_have_same_type(kGrad, "the gradient");
@@ -500,6 +500,7 @@ bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
     next = entry.state_at + 1;
     if (param_state && !PyDict_Check(param_state)) fail(name(entry, *scan), "the state", "must be a dict");
     if (param_state && PyDict_GET_SIZE(param_state) == 0) param_state = nullptr;
+    if (param_state) scan->held.keep(param_state);  // a torch mode's code may run below
     refresh(dirty, param_state, scan);
     if (param_state) continue;
     const int num_states = rule_->num_states(scan->variants[entry.group]);
@@ -568,6 +569,11 @@ void Stepper::check_memory(Scan* scan) {
     for (const size_t n : which) {
       Entry& entry = entries_[n];
       const TensorRow& row = grad_row(n);
+      WrittenMemory::Gap gap;
+      if (entry.is_sparse && memory_.gradient_overlaps(entry.sparse->index_memory, sizeof(int64_t), n, &gap, &a)) {
+        if (may_retry) return false;
+        fail(name(entry, *scan), "the gradient's indices", "share memory with " + where(a) + "; use a .clone() of it");
+      }
       const std::byte *from = row.data[kGrad], *to = from + entry.grad_bytes;
       if (entry.gap.holds(from, to)) continue;
       if (recent.holds(from, to)) {

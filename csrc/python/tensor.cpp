@@ -73,6 +73,15 @@ int64_t TensorView::numel() const {
   return n;
 }
 
+bool TensorView::is_contiguous() const {
+  int64_t expected = 1;
+  for (int d = ndim - 1; d >= 0; --d) {
+    if (shape[d] != 1 && strides[d] != expected) return false;
+    expected *= shape[d];
+  }
+  return true;
+}
+
 int64_t TensorView::itemsize() const { return fusedopt::itemsize(dtype); }
 
 std::string TensorView::shape_string() const {

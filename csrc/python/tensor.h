@@ -25,6 +25,7 @@ struct TensorView {
   const int64_t* strides;  // in elements (of two values, for a complex tensor)
 
   int64_t numel() const;
+  bool is_contiguous() const;
   int64_t itemsize() const;  // of dtype
   std::string shape_string() const;
   double first() const;  // the value of the first element, a real one of the host's

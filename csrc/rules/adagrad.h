@@ -57,8 +57,9 @@ struct Adagrad {
     return {1 + (step - 1) * options.lr_decay};
   }
   static constexpr bool kTabulated = false;
+  struct Powers {};
   static const char* problem(const Corrections& c) {
-    return c.lr_divisor == 0 ? "Adagrad: 1 + (step - 1) * lr_decay is 0, so the step size is infinite" : nullptr;
+    return c.lr_divisor == 0 ? "1 + (step - 1) * lr_decay is 0, so the step size is infinite" : nullptr;
   }
 
   template <class T, class Lr>
@@ -82,8 +83,12 @@ struct Adagrad {
     if constexpr (variant == kDense) grad = Gradient::decayed(s, grad, param);
     sum = variant == kSparse ? add(sum, mul(grad, grad)) : fma(grad, grad, sum);
     const Lane denom = s.flags & kEpsInsideSqrt ? sqrt(add(sum, eps)) : add(sqrt(sum), eps);
-    param = variant == kSparse ? fma(neg_lr, div(grad, denom), param)  //
-                               : add(param, div(mul(neg_lr, grad), denom));
+    if constexpr (variant == kSparse) {
+      const Lane quotient = div(grad, denom);
+      param = s.flags & Gradient::kOneElement ? add(param, mul(neg_lr, quotient)) : fma(neg_lr, quotient, param);
+    } else {
+      param = add(param, div(mul(neg_lr, grad), denom));
+    }
   }
 };
 

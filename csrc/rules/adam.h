@@ -33,7 +33,7 @@ struct Adam : Moments {
   static constexpr bool kTabulated = true;
   static double last_step(const Options& options) { return step_of_power(options, 54); }
   static const char* problem(const Corrections& c) {
-    return c.bias_correction1 == 0 ? "Adam: beta1 ** step is 1, so the step size is infinite" : nullptr;
+    return c.bias_correction1 > 0 && c.bias_correction2_sqrt >= 0 ? nullptr : kBadStep;
   }
 
   template <class T, class Lr>

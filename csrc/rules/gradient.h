@@ -12,10 +12,11 @@ namespace fusedopt {
 
 struct Gradient {
   enum Flag : uint32_t {
-    kUnscale = 1,   // multiply by inv_scale (automatic mixed precision)
-    kMaximize = 2,  // ascend
-    kL2Decay = 4,   // add decay * param
-    kFirstOfRule = 8,
+    kUnscale = 1,     // multiply by inv_scale (automatic mixed precision)
+    kMaximize = 2,    // ascend
+    kL2Decay = 4,     // add decay * param
+    kOneElement = 8,  // a sparse gradient that touches one element of all (where torch takes another way)
+    kFirstOfRule = 16,
   };
 
   template <class T>

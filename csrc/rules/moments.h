@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "gradient.h"
@@ -22,9 +23,9 @@ struct Moments {
 
   enum Flag : uint32_t {
     kDecoupledDecay = Gradient::kFirstOfRule,  // param *= decay, which is then 1 - lr * weight_decay
-    kLerpFromGrad = 16,                        // 1 - beta1 >= 0.5: torch's lerp then starts from the other end
-    kFlushSubnormals = 32,                     // moments below the smallest normal number are stored as zero
-    kFirstOfRule = 64,
+    kLerpFromGrad = 32,                        // 1 - beta1 >= 0.5: torch's lerp then starts from the other end
+    kFlushSubnormals = 64,                     // moments below the smallest normal number are stored as zero
+    kFirstOfRule = 128,
   };
 
   template <class T>
@@ -50,6 +51,14 @@ struct Moments {
     return {group.number(kBetas, 0),    group.number(kBetas, 1),  group.number(kEps),
             group.number(kWeightDecay), group.flag(kMaximizeKey), group.flag(kDecoupledKey)};
   }
+
+  static constexpr const char* kBadStep =
+      "beta1 ** step or beta2 ** step is not below 1, so the step size is not finite: a parameter's state['step'] must "
+      "be 0 or more";
+
+  // What the corrections for a step count depend on.
+  using Powers = std::array<double, 2>;
+  static Powers powers(const Options& options) { return {options.beta1, options.beta2}; }
 
   // Python's **. One function on a GPU: inlined everywhere it would be most of the kernel.
 #ifdef __CUDA_ARCH__

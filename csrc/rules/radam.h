@@ -21,9 +21,9 @@ struct RAdam : Moments {
   static const char* sparse_problem(const Moments::Options&) { return "RAdam does not support sparse gradients"; }
 
   enum Flag : uint32_t {
-    kRectified = Moments::kFirstOfRule,  // the variance is tractable
-    kStill = 128,                        // it is not, and then the parameter stays where it is
-    kEpsAfterCorrection = 256,           // eps is added to the bias-corrected root
+    kRectified = Moments::kFirstOfRule,               // the variance is tractable
+    kStill = Moments::kFirstOfRule * 2,               // it is not, and then the parameter stays where it is
+    kEpsAfterCorrection = Moments::kFirstOfRule * 4,  // eps is added to the bias-corrected root
   };
 
   template <class T>
@@ -58,8 +58,7 @@ struct RAdam : Moments {
   static constexpr bool kTabulated = true;
   static double last_step(const Options& options) { return step_of_power(options, 90); }
   static const char* problem(const Corrections& c) {
-    if (c.bias_correction1 == 0) return "RAdam: beta1 ** step is 1, so the step size is infinite";
-    return c.bias_correction2_sqrt == 0 ? "RAdam: beta2 ** step is 1, so the rectification is undefined" : nullptr;
+    return c.bias_correction1 > 0 && c.bias_correction2_sqrt > 0 ? nullptr : kBadStep;
   }
 
   template <class T, class Lr>
