@@ -103,7 +103,8 @@ struct Moments {
     if (s.flags & kDecoupledDecay) param = mul(param, Lane(s.decay));
 
     const Lane difference = sub(grad, exp_avg);
-    exp_avg = fma(Lane(s.lerp_weight), difference, s.flags & kLerpFromGrad ? grad : exp_avg);
+    if (s.flags & kLerpFromGrad) exp_avg = grad;
+    exp_avg = fma(Lane(s.lerp_weight), difference, exp_avg);
     // Not grad * grad first: that overflows from |grad| > 1.8e19.
     exp_avg_sq = fma(mul(Lane(s.one_minus_beta2), grad), grad, mul(exp_avg_sq, Lane(s.beta2)));
 

@@ -21,9 +21,10 @@ struct RAdam : Moments {
   static const char* sparse_problem(const Moments::Options&) { return "RAdam does not support sparse gradients"; }
 
   enum Flag : uint32_t {
-    kRectified = Moments::kFirstOfRule,               // the variance is tractable
-    kStill = Moments::kFirstOfRule * 2,               // it is not, and then the parameter stays where it is
-    kEpsAfterCorrection = Moments::kFirstOfRule * 4,  // eps is added to the bias-corrected root
+    kRectified = Moments::kFirstOfRule,    // the variance is tractable
+    kStill = kRectified * 2,               // it is not, and then the parameter stays where it is
+    kEpsAfterCorrection = kStill * 2,      // eps is added to the bias-corrected root
+    kCorrected = kEpsAfterCorrection * 2,  // bias_correction1 is not 1 yet: a division less for most of a training
   };
 
   template <class T>
@@ -73,14 +74,16 @@ struct RAdam : Moments {
     s.eps = static_cast<T>(options.eps);
     const bool rectified = at_step.rect != 0;
     s.flags |= (rectified ? kRectified : 0u) | (rectified || options.degenerate_to_sgd ? 0u : kStill) |
-               (options.optimized_update ? 0u : kEpsAfterCorrection);
+               (options.optimized_update ? 0u : kEpsAfterCorrection) | (s.bias_correction1 != 1 ? kCorrected : 0u);
     return s;
   }
 
   template <int variant, class Lane>
   FUSEDOPT_HD static inline void update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
     const Lane second_moment = move<variant>(s, param, grad, states);
-    Lane change = mul(div(states[kExpAvg], Lane(s.bias_correction1)), Lane(s.lr));
+    Lane change = states[kExpAvg];
+    if (s.flags & kCorrected) change = div(change, Lane(s.bias_correction1));
+    change = mul(change, Lane(s.lr));
     if (s.flags & kRectified) change = mul(mul(change, adaptive(s, sqrt(second_moment))), Lane(s.rect));
     if (!(s.flags & kStill)) param = sub(param, change);
     flush(s, states);
