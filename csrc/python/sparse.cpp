@@ -40,10 +40,20 @@ dlpack::Tensor read_integers(const py::object& tensor) {
   return out;
 }
 
+// The row whose gradient is a tensor, for what only looks at its memory.
+std::unique_ptr<Layout> memory_of(const TensorView& tensor, TensorRow* row) {
+  Streams streams;
+  streams.count = kGrad + 1;
+  streams.view[kParam] = streams.view[kGrad] = tensor;
+  std::unique_ptr<Layout> layout = plan_row(streams, row);
+  row->data[kParam] = nullptr;  // it is no stream of the parameter's
+  row->layout = layout.get();
+  return layout;
+}
+
 }  // namespace
 
-void SparseRow::read(PyObject* grad, const TensorView& param, bool ascends, const ParamName& who) {
-  held_.clear();
+std::vector<py::object> SparseRow::read(PyObject* grad, const TensorView& param, bool ascends, const ParamName& who) {
   py::object whole = py::handle(grad).attr("detach")();
   std::vector<int64_t> shape;
   for (const py::handle size : whole.attr("shape")) shape.push_back(size.cast<int64_t>());
@@ -64,7 +74,6 @@ void SparseRow::read(PyObject* grad, const TensorView& param, bool ascends, cons
   const py::object indices_tensor = whole.attr("_indices")();
   py::object values = whole.attr("_values")();
   if (is_lazy_view(values.ptr())) values = values.attr("resolve_conj")().attr("resolve_neg")();
-  held_ = {indices_tensor, values};
   std::string why;
   if (!read_tensor(values.ptr(), &values_, &why)) fail(who, "the gradient", why);
   const dlpack::Tensor indices = read_integers(indices_tensor);
@@ -86,19 +95,16 @@ void SparseRow::read(PyObject* grad, const TensorView& param, bool ascends, cons
   num_rows_ = num_values_;
   if (param.device == kCpu) find_rows(indices_tensor, ascends, who);
 
-  Streams memory;
   TensorView view = param;
   view.data = static_cast<std::byte*>(indices.data);
-  view.dtype = DType::kFloat64;
+  view.dtype = DType::kFloat64;  // of the same size
   view.is_complex = false;
   view.ndim = 2;
   view.shape = indices.shape;
   view.strides = indices.strides;
-  memory.count = 2;
-  memory.view[kParam] = memory.view[kGrad] = view;
-  index_layout_ = plan_row(memory, &index_memory);
-  index_memory.layout = index_layout_.get();
-  index_memory.data[kParam] = nullptr;  // it is no stream of the parameter's
+  index_layout_ = memory_of(view, &index_memory);
+  grad_layout_ = memory_of(values_, &grad_memory);
+  return {indices_tensor, values};
 }
 
 // Finds the values that belong in one place.
@@ -173,16 +179,9 @@ std::unique_ptr<Layout> SparseRow::plan(const Streams& streams, TensorRow* row) 
   grad_.is_one_element = num_rows_ == 1 && values_.ndim == 1 && param.is_contiguous();
   row->layout = layout_.get();
 
-  Streams memory = streams;
-  memory.count = 2;
-  memory.view[kParam] = memory.view[kGrad] = values_;
-  grad_layout_ = plan_row(memory, &grad_memory);
-  grad_memory.layout = grad_layout_.get();
-  grad_memory.data[kParam] = nullptr;  // it is no stream of the parameter's
-
-  memory = streams;
-  memory.view[kGrad] = param;
-  std::unique_ptr<Layout> layout = plan_row(memory, &written);
+  Streams whole = streams;
+  whole.view[kGrad] = param;
+  std::unique_ptr<Layout> layout = plan_row(whole, &written);
   written.layout = layout.get();
   return layout;
 }

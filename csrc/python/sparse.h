@@ -13,8 +13,9 @@ namespace fusedopt {
 
 class SparseRow {
  public:
-  // Takes the gradient apart. Throws, as `who`, if it does not fit the parameter. `ascends`: the step will negate it.
-  void read(PyObject* grad, const TensorView& param, bool ascends, const ParamName& who);
+  // Takes the gradient apart, and returns references to be kept until the kernel is done. Throws, as `who`, if it does
+  // not fit the parameter. `ascends`: the step will negate it.
+  std::vector<py::object> read(PyObject* grad, const TensorView& param, bool ascends, const ParamName& who);
   // Its values, which must be of the parameter's dtype and device.
   const TensorView& values() const { return values_; }
 
@@ -24,13 +25,10 @@ class SparseRow {
 
   // For WrittenMemory: all of the parameter and its state; the values; the indices, numbers of 8 bytes.
   TensorRow written{}, grad_memory{}, index_memory{};
-  // References to all that was read, to be kept until the kernel is done.
-  std::vector<py::object> take_held() { return std::move(held_); }
 
  private:
   void find_rows(const py::object& indices, bool ascends, const ParamName& who);
 
-  std::vector<py::object> held_;
   TensorView values_;
   int64_t num_values_ = 0, num_rows_ = 0;
   const int64_t* sizes_ = nullptr;  // of the sparse dimensions

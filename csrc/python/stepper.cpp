@@ -328,8 +328,8 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
     if (const char* problem = rule_->sparse_problem(entry.group))
       throw std::runtime_error(problem + std::string(" (") + who.text() + ")");
     if (!entry.sparse) entry.sparse = std::make_unique<SparseRow>();
-    entry.sparse->read(dirty.grad, streams.view[kParam], rule_->ascends(entry.group), who);
-    for (py::object& held : entry.sparse->take_held()) scan->held.take(held.release().ptr());
+    for (py::object& part : entry.sparse->read(dirty.grad, streams.view[kParam], rule_->ascends(entry.group), who))
+      scan->held.take(part.release().ptr());
     streams.view[kGrad] = entry.sparse->values();
     must_have_same_type(kGrad, "the gradient");
   } else {
