@@ -6,7 +6,6 @@
 #include "../cpu/float_mode.h"
 #include "../cpu/run.h"
 #include "../cpu/target.h"
-#include "sparse.h"
 
 namespace fusedopt {
 
@@ -20,6 +19,7 @@ struct Stepper::Entry {
   bool in_memory = false;
   bool step_is_double = false;
   bool step_on_device = false;
+  bool is_sparse = false;  // the gradient, of which sparse_ knows more
   int16_t device = kCpu;
   // Positions for PyDict_Next: of the parameter in the optimizer's state, of the tensors in the parameter's.
   int32_t state_at = 0, step_at = 0, item_at[kMaxStates] = {};
@@ -29,8 +29,6 @@ struct Stepper::Entry {
   std::byte* step = nullptr;
   int64_t grad_bytes = 0;          // from the gradient's first element to behind its last
   std::unique_ptr<Layout> layout;  // of what is written
-  bool is_sparse = false;          // the gradient
-  std::unique_ptr<SparseRow> sparse;
   WrittenMemory::Gap gap;
 
   double step_count() const {
@@ -212,10 +210,10 @@ ParamName Stepper::name(const Entry& entry, const Scan& scan) const {
 }
 
 const TensorRow& Stepper::written_row(size_t n) const {
-  return entries_[n].is_sparse ? entries_[n].sparse->written : rows_[n];
+  return entries_[n].is_sparse ? sparse_.at(n).written : rows_[n];
 }
 const TensorRow& Stepper::grad_row(size_t n) const {
-  return entries_[n].is_sparse ? entries_[n].sparse->grad_memory : rows_[n];
+  return entries_[n].is_sparse ? sparse_.at(n).grad_memory : rows_[n];
 }
 
 // Is nothing about the parameter and its state other than at its last step?
@@ -327,10 +325,10 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   if (is_sparse) {
     if (const char* problem = rule_->sparse_problem(entry.group))
       throw std::runtime_error(problem + std::string(" (") + who.text() + ")");
-    if (!entry.sparse) entry.sparse = std::make_unique<SparseRow>();
-    for (py::object& part : entry.sparse->read(dirty.grad, streams.view[kParam], rule_->ascends(entry.group), who))
+    for (py::object& part :
+         sparse_[dirty.entry].read(dirty.grad, streams.view[kParam], rule_->ascends(entry.group), who))
       scan->held.take(part.release().ptr());
-    streams.view[kGrad] = entry.sparse->values();
+    streams.view[kGrad] = sparse_[dirty.entry].values();
     must_have_same_type(kGrad, "the gradient");
   } else {
     grad = read(kGrad, dirty.grad, "the gradient", true);
@@ -370,7 +368,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
              "'; move it there, or to the CPU");
   }
 
-  std::unique_ptr<Layout> layout = is_sparse ? entry.sparse->plan(streams, &row) : plan_row(streams, &row);
+  std::unique_ptr<Layout> layout = is_sparse ? sparse_[dirty.entry].plan(streams, &row) : plan_row(streams, &row);
   entry.is_sparse = is_sparse;
   const TensorRow& written = written_row(dirty.entry);
   bool moved = !entry.in_memory || !same_written_layout(entry.layout.get(), layout.get(), streams.count) ||
@@ -570,7 +568,7 @@ void Stepper::check_memory(Scan* scan) {
       Entry& entry = entries_[n];
       const TensorRow& row = grad_row(n);
       WrittenMemory::Gap gap;
-      if (entry.is_sparse && memory_.gradient_overlaps(entry.sparse->index_memory, sizeof(int64_t), n, &gap, &a)) {
+      if (entry.is_sparse && memory_.gradient_overlaps(sparse_.at(n).index_memory, sizeof(int64_t), n, &gap, &a)) {
         if (may_retry) return false;
         fail(name(entry, *scan), "the gradient's indices", "share memory with " + where(a) + "; use a .clone() of it");
       }

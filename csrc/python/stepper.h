@@ -5,12 +5,14 @@
 
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "../cuda/driver.h"
 #include "check.h"
 #include "records.h"
 #include "rule_driver.h"
+#include "sparse.h"
 
 namespace fusedopt {
 
@@ -72,7 +74,8 @@ class Stepper {
   const struct Target* target_ = nullptr;
   std::vector<Entry> entries_;  // one for each parameter, in the groups' order
   std::vector<TensorRow> rows_;
-  std::vector<Look> looks_;  // a scan's finding for each entry
+  std::unordered_map<size_t, SparseRow> sparse_;  // of entries that have had a sparse gradient; they do not move
+  std::vector<Look> looks_;                       // a scan's finding for each entry
   std::vector<std::unique_ptr<OnDevice>> tables_;
   WrittenMemory memory_;
   bool refreshed_ = false;         // a parameter was read anew since the tables were last prepared
