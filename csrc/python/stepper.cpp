@@ -209,12 +209,11 @@ ParamName Stepper::name(const Entry& entry, const Scan& scan) const {
   return {optimizer_.c_str(), entry.group, entry.index, PyList_GET_ITEM(scan.groups.ptr(), entry.group)};
 }
 
-const TensorRow& Stepper::written_row(size_t n) const {
-  return entries_[n].is_sparse ? sparse_.at(n).written : rows_[n];
-}
-const TensorRow& Stepper::grad_row(size_t n) const {
-  return entries_[n].is_sparse ? sparse_.at(n).grad_memory : rows_[n];
-}
+// Without a look at the entry, which costs a cache line, where none ever was.
+bool Stepper::is_sparse(size_t n) const { return !sparse_.empty() && entries_[n].is_sparse; }
+
+const TensorRow& Stepper::written_row(size_t n) const { return is_sparse(n) ? sparse_.at(n).written : rows_[n]; }
+const TensorRow& Stepper::grad_row(size_t n) const { return is_sparse(n) ? sparse_.at(n).grad_memory : rows_[n]; }
 
 // Is nothing about the parameter and its state other than at its last step?
 bool Stepper::unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const {
@@ -568,7 +567,7 @@ void Stepper::check_memory(Scan* scan) {
       Entry& entry = entries_[n];
       const TensorRow& row = grad_row(n);
       WrittenMemory::Gap gap;
-      if (entry.is_sparse && memory_.gradient_overlaps(sparse_.at(n).index_memory, sizeof(int64_t), n, &gap, &a)) {
+      if (is_sparse(n) && memory_.gradient_overlaps(sparse_.at(n).index_memory, sizeof(int64_t), n, &gap, &a)) {
         if (may_retry) return false;
         fail(name(entry, *scan), "the gradient's indices", "share memory with " + where(a) + "; use a .clone() of it");
       }

@@ -60,6 +60,7 @@ class Stepper {
   int64_t prepare_rows(Scan* scan);
   OnDevice& on_device(int device, DType dtype);
   cuda::StepInfo step_info(int device, DType dtype, bool counts_there, Scan* scan);
+  bool is_sparse(size_t n) const;
   // What WrittenMemory is told of a parameter, and of its gradient.
   const TensorRow& written_row(size_t n) const;
   const TensorRow& grad_row(size_t n) const;
