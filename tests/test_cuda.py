@@ -92,10 +92,15 @@ def assert_same_state(actual: Optimizer, expected: Optimizer) -> None:
             assert_same_bits(value, e[name], f"{name} of parameter {i}")
 
 
-def twins(make: Callable[[list[Parameter]], Optimizer], sizes: list[int], seed: int = 0) -> tuple[Optimizer, Optimizer]:
+def twins(
+    make: Callable[[list[Parameter]], Optimizer],
+    sizes: list[int],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Optimizer, Optimizer]:
     """The same optimizer twice, on parameters of their own."""
     g = generator(seed)
-    values = [varied_values(size, torch.float32, g, wild=False) for size in sizes]
+    values = [varied_values(size, dtype, g, wild=False) for size in sizes]
     first, second = (make([Parameter(value.clone()) for value in values]) for _ in range(2))
     return first, second
 
@@ -106,7 +111,7 @@ def step_both(device: Device, on_device: Optimizer, on_cpu: Optimizer, seed: int
         g = generator(seed)
         for group in optimizer.param_groups:
             for param in group["params"]:
-                param.grad = varied_values(param.numel(), torch.float32, g, wild=False).view(param.shape)
+                param.grad = varied_values(param.numel(), param.dtype, g, wild=False).view(param.shape)
     device.use(numbers=numbers)
     on_device.step()
     device.leave()
@@ -190,7 +195,9 @@ def test_any_step_count_on_the_device(cls: type[Optimizer], beta: float, count: 
 def test_betas_that_are_neighbours(device: Device) -> None:
     """The tables of corrections are shared by all; these two betas have the same first three."""
     for beta2 in (0.6863928732979054, 0.6863928732979055):
-        on_device, on_cpu = twins(lambda p, b=beta2: fusedopt.RAdam(p, betas=(0.9, b), capturable=True), [100])
+        on_device, on_cpu = twins(
+            lambda p, b=beta2: fusedopt.RAdam(p, betas=(0.9, b), capturable=True), [100], dtype=torch.float64
+        )
         for seed in range(15):
             step_both(device, on_device, on_cpu, seed, numbers=True)
         assert_same_state(on_device, on_cpu)
