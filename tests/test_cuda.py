@@ -196,7 +196,7 @@ def test_betas_that_are_neighbours(device: Device) -> None:
     """The tables of corrections are shared by all; these two betas have the same first three."""
     for beta2 in (0.6863928732979054, 0.6863928732979055):
         on_device, on_cpu = twins(
-            lambda p, b=beta2: fusedopt.RAdam(p, betas=(0.9, b), capturable=True), [100], dtype=torch.float64
+            lambda p, b=beta2: fusedopt.RAdam(p, lr=10.0, betas=(0.9, b), capturable=True), [100], dtype=torch.float64
         )
         for seed in range(15):
             step_both(device, on_device, on_cpu, seed, numbers=True)
