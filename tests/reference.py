@@ -4,6 +4,7 @@ Nothing here is shared with the code under test. The operation order that the tr
 experiment against torch's for-loop (2.13, AVX2 and AVX-512), which they equal bit for bit in float32 and float64.
 """
 
+import abc
 import contextlib
 import ctypes
 import ctypes.util
@@ -104,6 +105,7 @@ def torch_loop_step(optimizer: torch.optim.Optimizer) -> None:
 # --- transcriptions --------------------------------------------------------------------------------------------------
 
 State = dict[str, Tensor]
+Arrays = dict[str, np.ndarray]
 
 _libm = ctypes.CDLL(ctypes.util.find_library("m"))
 _libm.fma.argtypes, _libm.fma.restype = [ctypes.c_double] * 3, ctypes.c_double
@@ -157,7 +159,7 @@ class _Lr:
             return float(self._stored(self._op(1) - self._op(product)))
 
 
-class Transcription:
+class Transcription(abc.ABC):
     """An algorithm's step in NumPy, from the options of a parameter group.
 
     Computes in opmath (float64 for float64, else float32) and rounds only what is stored, once. One case is not
@@ -190,10 +192,9 @@ class Transcription:
             p, new = self._step(op, load(param), g, {name: load(state[name]) for name in self.names}, count)
             return _store(p, param), {name: _store(values, param) for name, values in new.items()}
 
-    def _step(
-        self, op: Any, p: np.ndarray, g: np.ndarray, state: dict[str, np.ndarray], count: int
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _step(self, op: Any, p: np.ndarray, g: np.ndarray, state: Arrays, count: int) -> tuple[np.ndarray, Arrays]:
+        """`step` in arrays of opmath, whose type is `op`."""
 
     def oracle(self, param: Tensor, grads: Iterable[Tensor]) -> np.ndarray:
         """The parameter after one step per gradient, by the textbook formula in float64 and with no flush."""
@@ -204,8 +205,9 @@ class Transcription:
             p = self._textbook(p, sign * grad.detach().double().numpy(), state, count)
         return p
 
-    def _textbook(self, p: np.ndarray, g: np.ndarray, state: dict[str, np.ndarray], count: int) -> np.ndarray:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _textbook(self, p: np.ndarray, g: np.ndarray, state: Arrays, count: int) -> np.ndarray:
+        """Return the parameter; the state is updated in place."""
 
 
 class AdamTranscription(Transcription):
@@ -214,7 +216,7 @@ class AdamTranscription(Transcription):
         self.amsgrad = group.get("amsgrad", False)
         self.names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if self.amsgrad else 2]
 
-    def _step(self, op, p, g, state, count):  # type: ignore[no-untyped-def]
+    def _step(self, op: Any, p: np.ndarray, g: np.ndarray, state: Arrays, count: int) -> tuple[np.ndarray, Arrays]:
         group, lr = self.group, _Lr(self.group["lr"])
         beta1, beta2 = group["betas"]
         m, v = state["exp_avg"], state["exp_avg_sq"]
@@ -240,12 +242,12 @@ class AdamTranscription(Transcription):
         tiny = np.abs(moment) < np.finfo(moment.dtype).tiny
         return np.where(tiny, np.copysign(moment.dtype.type(0), moment), moment)
 
-    def _update(self, op, p, m, v, lr, count):  # type: ignore[no-untyped-def]
+    def _update(self, op: Any, p: np.ndarray, m: np.ndarray, v: np.ndarray, lr: _Lr, count: int) -> np.ndarray:
         beta1, beta2 = self.group["betas"]
         denom = np.sqrt(v) / op((1 - beta2**count) ** 0.5) + op(self.group["eps"])
         return p + (op(-lr.over(1 - beta1**count)) * m) / denom
 
-    def _textbook(self, p, g, state, count):  # type: ignore[no-untyped-def]
+    def _textbook(self, p: np.ndarray, g: np.ndarray, state: Arrays, count: int) -> np.ndarray:
         group, lr = self.group, float(self.group["lr"])
         beta1, beta2 = group["betas"]
         if group["decoupled_weight_decay"]:
@@ -276,7 +278,7 @@ class RAdamTranscription(AdamTranscription):
         rho, rho_inf = self.rho(count), 2 / (1 - self.group["betas"][1]) - 1
         return ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
 
-    def _update(self, op, p, m, v, lr, count):  # type: ignore[no-untyped-def]
+    def _update(self, op: Any, p: np.ndarray, m: np.ndarray, v: np.ndarray, lr: _Lr, count: int) -> np.ndarray:
         beta1, beta2 = self.group["betas"]
         correction, eps = op((1 - beta2**count) ** 0.5), op(self.group["eps"])
         change = m / op(1 - beta1**count) * op(lr.value)
@@ -307,7 +309,7 @@ class AdagradTranscription(Transcription):
     def _denom(self, total: np.ndarray, eps: Any) -> np.ndarray:
         return np.sqrt(total + eps) if self.inside else np.sqrt(total) + eps
 
-    def _step(self, op, p, g, state, count):  # type: ignore[no-untyped-def]
+    def _step(self, op: Any, p: np.ndarray, g: np.ndarray, state: Arrays, count: int) -> tuple[np.ndarray, Arrays]:
         group = self.group
         if group["weight_decay"] != 0:
             g = _fma(p, op(group["weight_decay"]), g)
@@ -315,7 +317,7 @@ class AdagradTranscription(Transcription):
         rate = op(-_Lr(group["lr"]).over(1 + (count - 1) * group["lr_decay"]))
         return p + (rate * g) / self._denom(total, op(group["eps"])), {"sum": total}
 
-    def _textbook(self, p, g, state, count):  # type: ignore[no-untyped-def]
+    def _textbook(self, p: np.ndarray, g: np.ndarray, state: Arrays, count: int) -> np.ndarray:
         group = self.group
         g = g + group["weight_decay"] * p
         state["sum"] = state["sum"] + g**2

@@ -320,14 +320,14 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
     fail(who, "the parameter", "is an inference tensor and cannot be updated outside torch.inference_mode(); clone it");
   const TensorRow before = written_row(dirty.entry);
   const bool is_sparse = is_tensor(dirty.grad) && py::handle(dirty.grad).attr("is_sparse").cast<bool>();
+  SparseRow* const sparse = is_sparse ? &sparse_[dirty.entry] : nullptr;
   PyObject* grad = nullptr;
   if (is_sparse) {
     if (const char* problem = rule_->sparse_problem(entry.group))
       throw std::runtime_error(problem + std::string(" (") + who.text() + ")");
-    for (py::object& part :
-         sparse_[dirty.entry].read(dirty.grad, streams.view[kParam], rule_->ascends(entry.group), who))
+    for (py::object& part : sparse->read(dirty.grad, streams.view[kParam], rule_->ascends(entry.group), who))
       scan->held.take(part.release().ptr());
-    streams.view[kGrad] = sparse_[dirty.entry].values();
+    streams.view[kGrad] = sparse->values();
     must_have_same_type(kGrad, "the gradient");
   } else {
     grad = read(kGrad, dirty.grad, "the gradient", true);
@@ -367,7 +367,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
              "'; move it there, or to the CPU");
   }
 
-  std::unique_ptr<Layout> layout = is_sparse ? sparse_[dirty.entry].plan(streams, &row) : plan_row(streams, &row);
+  std::unique_ptr<Layout> layout = is_sparse ? sparse->plan(streams, &row) : plan_row(streams, &row);
   entry.is_sparse = is_sparse;
   const TensorRow& written = written_row(dirty.entry);
   bool moved = !entry.in_memory || !same_written_layout(entry.layout.get(), layout.get(), streams.count) ||

@@ -57,7 +57,7 @@ struct Adagrad {
     return {1 + (step - 1) * options.lr_decay};
   }
   static constexpr bool kTabulated = false;
-  struct Powers {};
+  struct Powers {};  // of a table
   static const char* problem(const Corrections& c) {
     return c.lr_divisor == 0 ? "1 + (step - 1) * lr_decay is 0, so the step size is infinite" : nullptr;
   }

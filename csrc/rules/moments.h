@@ -23,9 +23,9 @@ struct Moments {
 
   enum Flag : uint32_t {
     kDecoupledDecay = Gradient::kFirstOfRule,  // param *= decay, which is then 1 - lr * weight_decay
-    kLerpFromGrad = 32,                        // 1 - beta1 >= 0.5: torch's lerp then starts from the other end
-    kFlushSubnormals = 64,                     // moments below the smallest normal number are stored as zero
-    kFirstOfRule = 128,
+    kLerpFromGrad = kDecoupledDecay * 2,       // 1 - beta1 >= 0.5: torch's lerp then starts from the other end
+    kFlushSubnormals = kLerpFromGrad * 2,      // moments below the smallest normal number are stored as zero
+    kFirstOfRule = kFlushSubnormals * 2,
   };
 
   template <class T>
