@@ -6,12 +6,12 @@
 
 namespace fusedopt {
 
-// Memory streams of one parameter, in this order: param, grad, then the rule's state tensors.
+// Memory streams of one parameter, in this order: param, grad, the rule's state tensors, the weights' moving average.
 constexpr int kParam = 0;
 constexpr int kGrad = 1;
 constexpr int kState = 2;
 constexpr int kMaxStates = 3;
-constexpr int kMaxStreams = kState + kMaxStates;
+constexpr int kMaxStreams = kState + kMaxStates + 1;
 constexpr int kMaxDims = 64;  // torch's own limit
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -48,9 +48,17 @@ struct SparseGrad {
 };
 
 struct TensorRow;
+struct NormPart;
+struct NormOptions;
+struct StatsPart;
 
 // Updates elements [begin, end) of a row, counted in the order of its layout.
 using UpdateFn = void (*)(const TensorRow& row, int64_t begin, int64_t end);
+// Adds up what belongs to a norm, of elements that begin at a multiple of kPart (measures.h).
+using MeasureFn = void (*)(const TensorRow& row, const NormOptions& options, int64_t begin, int64_t end);
+
+// What becomes of the weights' moving average, the stream behind the states.
+enum class Ema : uint8_t { kNone, kCopy, kMove };
 
 struct TensorRow {
   std::byte* data[kMaxStreams];
@@ -59,6 +67,10 @@ struct TensorRow {
   const void* scalars;   // the rule's, for this row's group and step, in opmath; null: the row sits this step out
   UpdateFn update;
   int64_t start;  // where this row begins in the step's running total of cost
+  MeasureFn measure;
+  NormPart* norm;    // one for each kPart elements, where measure() writes
+  StatsPart* stats;  // the same, where update() writes; null: they are not wanted
+  Ema ema;
 };
 
 }  // namespace fusedopt

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from sys import intern
 from typing import Any, ClassVar
@@ -16,20 +18,90 @@ from ._config import _C
 
 
 def _counts_on_device(group: dict[str, Any]) -> bool:
-    """Whether the step counts of a group lie beside its parameters. Not every class has both options."""
-    return bool(group.get("capturable") or group.get("fused"))
+    """Whether the step counts of a group's CUDA parameters lie beside them. Not every class has the first two options.
+
+    A step that the device decides to skip must be counted there.
+    """
+    return bool(group.get("capturable") or group.get("fused") or group.get("skip_nonfinite"))
+
+
+STATS = ("grad_norm", "param_norm", "update_norm", "max_relative_update", "nonfinite_grads", "lost_updates")
 
 
 class FusedOptimizer(Optimizer):
     """A mixin placed before a class of torch.optim: replaces its step by one native call over all groups.
 
     Subclasses name their update rule in `_rule`. Everything else, from the constructor to `state_dict`, is the torch
-    class's own.
+    class's own, but for these options, which all of them have. They are kept in the groups, and so in `state_dict`;
+    `ema_decay` may differ between groups, the others concern all groups at once and may not.
+
+    Args:
+        max_grad_norm: clip the gradients, in the step and as :func:`torch.nn.utils.clip_grad_norm_` would, so that the
+            norm of all gradients of all groups is at most this; the gradients themselves are not written (default:
+            None: do not). :attr:`grad_norm` is the norm before.
+        norm_type: of `max_grad_norm`: 2.0 or inf (default: 2.0).
+        skip_nonfinite: a step whose gradients hold an inf or nan changes nothing: no parameter, no state, no step count.
+            Decided without waiting for the device; on CUDA the step counts therefore lie there (default: False).
+            :attr:`skipped_steps` counts them.
+        ema_decay: keep an exponential moving average of the weights in the state, as "ema", equal to that of
+            :func:`torch.optim.swa_utils.get_ema_multi_avg_fn` (default: None: do not). See :meth:`ema_weights`.
+        stats: measure each parameter's step (default: False). See :meth:`stats`.
+
+    Raises:
+        ValueError: one of these is out of range or, in :meth:`step`, not the same in all groups.
+        RuntimeError: in :meth:`step`, with `max_grad_norm`, `skip_nonfinite` or `stats`, for parameters on several devices.
+
+    The order of a step is: unscale (GradScaler), measure the norm, decide to skip, clip, weight decay and update,
+    average, measure. `docs/phase.md` tells what each costs.
     """
 
     _rule: str
     # Options that the torch class does not have, with the values at which ours does what it does.
     _own_options: ClassVar[dict[str, Any]] = {}
+    _phase_options: ClassVar[dict[str, Any]] = {
+        "max_grad_norm": None,
+        "norm_type": 2.0,
+        "skip_nonfinite": False,
+        "ema_decay": None,
+        "stats": False,
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        stats: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; a number that is not negative, or None")
+        if norm_type not in (2.0, float("inf")):
+            raise ValueError(f"Invalid norm_type: {norm_type}; 2.0 or inf (fusedopt.clip_grad_norm_ knows others)")
+        if ema_decay is not None and not 0 <= ema_decay <= 1:
+            raise ValueError(f"Invalid ema_decay: {ema_decay}; a number from 0 to 1, or None")
+        super().__init__(params, *args, **kwargs)
+        self._add_options(
+            max_grad_norm=max_grad_norm,
+            norm_type=float(norm_type),
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            stats=stats,
+        )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the arguments of torch's constructor, or of the class's own, and ours, as one signature."""
+        super().__init_subclass__(**kwargs)
+        constructors = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+        index = constructors.index(FusedOptimizer.__init__)
+        theirs = inspect.signature(constructors[0] if index else constructors[1]).parameters.values()
+        ours = inspect.signature(FusedOptimizer.__init__).parameters
+        shown = [p for p in theirs if p.name != "self" and p.kind != p.VAR_KEYWORD]
+        shown += [ours[name] for name in cls._phase_options]
+        cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
 
     def _add_options(self, **options: Any) -> None:
         """Give the groups, those to come too, options that the torch class's constructor does not take."""
@@ -73,6 +145,8 @@ class FusedOptimizer(Optimizer):
                 and name. Nothing was changed by that step.
             ValueError: a step count for which the step size is not finite. Nothing was changed.
         """
+        if self.__dict__.get("_shows_ema"):
+            raise RuntimeError(f"{type(self).__name__}: the weights are those of ema_weights(): step after it")
         if self._any_differentiable():
             return self._torch_step(closure)
         loss = None
@@ -80,11 +154,12 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._stepper.step(
+            self,
             self.param_groups,
             self.state,
-            self._new_states,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
+            getattr(self, "_report_inf", None),
             torch.get_num_threads(),
         )
         return loss
@@ -113,9 +188,113 @@ class FusedOptimizer(Optimizer):
         """
         self._stepper.update_captured(self.param_groups)
 
+    def _buffer(self, what: str, size: int, device: str) -> Tensor:
+        """The tensor of doubles where the native step leaves what it found; one a device and purpose."""
+        buffers: dict[tuple[str, str], Tensor] = self.__dict__.setdefault("_buffers", {})
+        found = buffers.get((what, device))
+        if found is None or found.numel() != size:
+            with torch.inference_mode(False), torch.no_grad():
+                found = torch.zeros(size, dtype=torch.float64, device=device)
+        for other in [key for key in buffers if key[0] == what]:
+            del buffers[other]
+        buffers[what, device] = found
+        return found
+
+    def _found(self, what: str) -> Tensor | None:
+        buffers: dict[tuple[str, str], Tensor] = self.__dict__.get("_buffers", {})
+        return next((tensor for (name, _), tensor in buffers.items() if name == what), None)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients at the last step, unscaled and before clipping: a 0-d tensor on their device.
+
+        float32, or float64 if a gradient was; accumulated in double. Reading it does not wait for the device. None
+        before the first step that measured it: with `max_grad_norm`, with `skip_nonfinite`, or under
+        :class:`fusedopt.GradScaler`.
+        """
+        answer = self._found("answer")
+        if answer is None:
+            return None
+        return answer[0].to(torch.float64 if self._stepper.norm_is_double else torch.float32, copy=True)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps of this optimizer were skipped for an inf or nan: a 0-d int64 tensor on the gradients' device.
+
+        Those that a GradScaler decided are counted too, if it handed its verdict to the step. Not saved in `state_dict`.
+        """
+        answer = self._found("answer")
+        return torch.zeros((), dtype=torch.int64) if answer is None else answer[3].to(torch.int64)
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Return what the last step did to each parameter that took part, by name. Waits for the device.
+
+        Names are those given with the parameters, else "group.index". With g the gradient (unscaled, before clipping
+        and weight decay) and p the parameter:
+
+        - `grad_norm`, `param_norm`: the 2-norms of g, and of p after the step;
+        - `update_norm`: of what the step changed, as stored;
+        - `max_relative_update`: the largest |change| / |p before| of an element that was not zero;
+        - `nonfinite_grads`: how many elements of g were inf or nan;
+        - `lost_updates`: how many elements had an update (the rule's own, decoupled decay aside) that was not zero and
+          yet left them as they were, because it was rounded away.
+
+        Norms are accumulated in double and given in the precision of the parameter's arithmetic. After a skipped step,
+        if the skip was decided by the gradients, they are of that step, and nothing changed.
+
+        Raises:
+            RuntimeError: `stats` is not set, or no step was made since.
+        """
+        found = self._found("stats")
+        if found is None:
+            raise RuntimeError(f"{type(self).__name__}: stats() needs stats=True, and a step")
+        names = [
+            group["param_names"][index] if "param_names" in group else f"{number}.{index}"
+            for number, group in enumerate(self.param_groups)
+            for index in range(len(group["params"]))
+        ]
+        rows = found.view(-1, len(STATS)).tolist()
+        counts = STATS.index("nonfinite_grads")
+        return {
+            name: dict(zip(STATS, [*row[:counts], *map(int, row[counts:])], strict=True))
+            for name, row, took_part in zip(names, rows, self._stepper.took_part(), strict=False)
+            if took_part
+        }
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Give the parameters, within a `with` block, the moving averages that `ema_decay` keeps.
+
+        Behind the block, however it is left, the parameters are again what they were, bit for bit. The averages are
+        copied in, so all that refers to the parameters' memory sees them; a copy of the weights is held meanwhile.
+        Parameters that were never updated have no average and stay as they are.
+
+        Raises:
+            RuntimeError: no group has an `ema_decay`; the blocks are nested; or, in a step within the block.
+        """
+        if all(group["ema_decay"] is None for group in self.param_groups):
+            raise RuntimeError(f"{type(self).__name__}: ema_weights() needs ema_decay")
+        if self.__dict__.get("_shows_ema"):
+            raise RuntimeError(f"{type(self).__name__}: ema_weights() is already in use")
+        params = [p for group in self.param_groups for p in group["params"] if "ema" in self.state.get(p, {})]
+        saved = [param.detach().clone(memory_format=torch.preserve_format) for param in params]
+
+        def show(values: list[Tensor]) -> None:
+            with torch.no_grad():
+                for param, value in zip(params, values, strict=True):
+                    param.copy_(value)
+
+        self._shows_ema = True
+        try:
+            show([self.state[param]["ema"] for param in params])
+            yield
+        finally:
+            show(saved)
+            self._shows_ema = False
+
     def _torch_step(self, closure: Callable[[], Any] | None) -> Any:
         for index, group in enumerate(self.param_groups):
-            for name, value in self._own_options.items():
+            for name, value in {**self._phase_options, **self._own_options}.items():
                 if group[name] != value:
                     raise RuntimeError(
                         f"{type(self).__name__}: param_groups[{index}]['{name}'] is {group[name]!r}, which torch's own "
@@ -130,28 +309,36 @@ class FusedOptimizer(Optimizer):
     def _initial_state(self, param: Tensor, name: str) -> Tensor:
         return torch.zeros_like(param, memory_format=torch.preserve_format)
 
-    def _new_states(self, missing: list[tuple[Tensor, tuple[str, ...], dict[str, Any]]]) -> list[dict[str, Tensor]]:
-        """State for parameters that have none yet; the step counts of a device are views of one buffer.
+    def _new_states(
+        self, missing: list[tuple[Tensor, list[str], dict[str, Any]]]
+    ) -> tuple[list[dict[str, Tensor]], bool]:
+        """State that parameters have not yet, and whether none has an "ema"; each is given with the names and its group.
 
-        Each is given as the parameter, the names of its state, its group. As in torch, a step count lives beside a CUDA
-        parameter if the group is capturable or fused, else on the CPU.
+        The step counts of a device are views of one buffer. As in torch, they live beside CUDA parameters if the group
+        is capturable or fused, else on the CPU. An "ema" begins with what the parameter is.
         """
+        has_no_ema = not any("ema" in param_state for param_state in self.state.values())
         with torch.no_grad():
             dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
             where = [
                 (param.device, torch.float32 if group.get("fused") else dtype)
                 if _counts_on_device(group)
                 else (torch.device("cpu"), dtype)
-                for param, _, group in missing
+                for param, names, group in missing
+                if "step" in names
             ]
+            at_next = iter(where)
             steps = {at: iter(torch.zeros(where.count(at), device=at[0], dtype=at[1]).unbind()) for at in set(where)}
-            return [
-                {
-                    "step": next(steps[at]),
-                    **{name: self._initial_state(param, name) for name in names},
-                }
-                for at, (param, names, _) in zip(where, missing, strict=True)
-            ]
+
+
+            def new_state(param: Tensor, name: str) -> Tensor:
+                if name == "step":
+                    return next(steps[next(at_next)])
+                if name == "ema":
+                    return param.detach().clone(memory_format=torch.preserve_format)
+                return self._initial_state(param, name)
+
+            return [{name: new_state(param, name) for name in names} for param, names, _ in missing], has_no_ema
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict replaces whole groups; an option that the checkpoint lacks keeps its present value.
@@ -172,7 +359,7 @@ class FusedOptimizer(Optimizer):
                 param_state.update(items)
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self._own_options.items():
+            for name, value in {**self._phase_options, **self._own_options}.items():
                 group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

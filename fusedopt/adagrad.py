@@ -66,6 +66,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         eps_inside_sqrt: bool = False,
+        **phase: Any,
     ) -> None:
         super().__init__(
             params,
@@ -78,6 +79,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             maximize=maximize,
             differentiable=differentiable,
             fused=fused,
+            **phase,
         )
         self._add_options(eps_inside_sqrt=eps_inside_sqrt)
 

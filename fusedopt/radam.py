@@ -73,6 +73,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         amsgrad: bool = False,
         degenerate_to_sgd: bool = True,
         optimized_update: bool = True,
+        **phase: Any,
     ) -> None:
         super().__init__(
             params,
@@ -85,5 +86,6 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
             maximize=maximize,
             capturable=capturable,
             differentiable=differentiable,
+            **phase,
         )
         self._add_options(amsgrad=amsgrad, degenerate_to_sgd=degenerate_to_sgd, optimized_update=optimized_update)

@@ -67,17 +67,27 @@ def test_subclass_with_the_same_signature(ours: type[Optimizer], theirs: type[Op
     assert issubclass(ours, theirs)
     assert ours.__name__ == theirs.__name__
     assert ours.__doc__
-    for method in ("__init__", "add_param_group", "state_dict", "zero_grad"):
+    mine, wanted = (dict(inspect.signature(cls).parameters) for cls in (ours, theirs))
+    assert list(mine)[len(wanted) :] == list(ours._phase_options)
+    assert {name: mine[name] for name in wanted} == wanted
+    for method in ("add_param_group", "state_dict", "zero_grad"):
         assert inspect.signature(getattr(ours, method)) == inspect.signature(getattr(theirs, method))
     for method in ("step", "load_state_dict"):
         assert list(inspect.signature(getattr(ours, method)).parameters) == list(
             inspect.signature(getattr(theirs, method)).parameters
         )
     p = Parameter(torch.ones(1))
-    assert repr(ours([p])) == repr(theirs([p]))
-    assert ours([p]).defaults == theirs([p]).defaults
+    assert ours([p]).defaults == {**theirs([p]).defaults, **ours._phase_options}
+    assert repr(ours([p])).splitlines()[0] == repr(theirs([p])).splitlines()[0]
+    assert set(repr(ours([p])).splitlines()) > set(repr(theirs([p])).splitlines())
     public = {name for name in dir(ours) if not name.startswith("_")}
-    assert public - {name for name in dir(theirs) if not name.startswith("_")} == {"update_captured"}
+    assert public - {name for name in dir(theirs) if not name.startswith("_")} == {
+        "ema_weights",
+        "grad_norm",
+        "skipped_steps",
+        "stats",
+        "update_captured",
+    }
 
 
 def test_what_the_package_exports() -> None:

@@ -64,12 +64,20 @@ int useful_threads(int64_t cost, int max_threads) {
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(useful, 1), max_threads));
 }
 
-void run_rows(const TensorRow* rows, int64_t num_rows, int64_t cost, int max_threads) {
+static void run(const TensorRow* rows, int64_t num_rows, const NormOptions* norm, int64_t cost, int max_threads) {
   if (num_rows == 0) return;
   const Target& target = current_target();
   const int threads = useful_threads(cost, max_threads);
   const int64_t unit = std::min(std::max(cost / (threads * kEnoughUnits), chunk), chunk * kLargestUnit);
-  parallel_for(cost, unit, threads, [&](int64_t begin, int64_t end) { target.run(rows, num_rows, begin, end); });
+  parallel_for(cost, unit, threads, [&](int64_t begin, int64_t end) { target.run(rows, num_rows, norm, begin, end); });
+}
+
+void run_rows(const TensorRow* rows, int64_t num_rows, int64_t cost, int max_threads) {
+  run(rows, num_rows, nullptr, cost, max_threads);
+}
+
+void measure_rows(const TensorRow* rows, int64_t num_rows, const NormOptions& options, int64_t cost, int max_threads) {
+  run(rows, num_rows, &options, cost, max_threads);
 }
 
 }  // namespace fusedopt

@@ -17,6 +17,8 @@ int useful_threads(int64_t cost, int max_threads);
 // Updates all rows in one parallel region of at most max_threads threads. `cost` is the rows' running total; the
 // bits of the result depend on none of the numbers here.
 void run_rows(const TensorRow* rows, int64_t num_rows, int64_t cost, int max_threads);
+// The same, but measures them, for their norm, as the options say.
+void measure_rows(const TensorRow* rows, int64_t num_rows, const NormOptions& options, int64_t cost, int max_threads);
 
 // The size of the smallest unit of work, in elements of cost.
 int64_t chunk_size();

@@ -7,140 +7,168 @@
 
 #include "../rules/rules.h"
 #include "../table.h"
+#include "gather.h"
+#include "measure.h"
 #include "target.h"
 
 namespace fusedopt {
 namespace {
 
-// The storage type S of the parameter and its state, the gradient's storage type G; opmath is the lane's.
+// Elements [begin, end) of streams of unit stride, by one rule: the parameter and its state in storage type S, the
+// gradient in G; opmath is the lane's. Everything around it is the same for all rules, and below.
 template <class Rule, int variant, class Lane, class S, class G>
-struct Step {
+struct Dense {
   static constexpr int kNumStates = Rule::num_states(variant);
-  static constexpr int kNumStreams = kState + kNumStates;
-  using Scalars = typename Rule::template Scalars<typename Lane::Scalar>;
+  using T = typename Lane::Scalar;
+  using Scalars = typename Rule::template Scalars<T>;
 
-  static constexpr int64_t itemsize(int stream) { return stream == kGrad ? sizeof(G) : sizeof(S); }
-
-  // Unit-stride streams. The tail is the same update on a padded lane: `Count` is empty, or the elements left.
+  // The tail is the same update on a padded lane: `Count` is empty, or the elements left.
   template <class... Count>
-  static inline void block(const Scalars& scalars, std::byte* const* data, int64_t i, Count... count) {
+  static inline void block(const Scalars& scalars, std::byte* const* data, T* change, int64_t i, Count... count) {
     S* const param_at = reinterpret_cast<S*>(data[kParam]) + i;
     Lane param = Lane::load(static_cast<const S*>(param_at), count...);
-    const Lane grad = Lane::load(reinterpret_cast<const G*>(data[kGrad]) + i, count...);
-    Lane states[kNumStates];
+    Lane grad(T(0));
+    if constexpr (Rule::kReadsGrad) grad = Lane::load(reinterpret_cast<const G*>(data[kGrad]) + i, count...);
+    Lane states[kNumStates + 1];
     for (int k = 0; k < kNumStates; ++k)
       states[k] = Lane::load(reinterpret_cast<const S*>(data[kState + k]) + i, count...);
 
-    Rule::template update<variant>(scalars, param, grad, states);
+    const Lane added = Rule::template update<variant>(scalars, param, grad, states);
 
-    param.store(param_at, count...);
+    if constexpr (Rule::kWritesParam) param.store(param_at, count...);
     for (int k = 0; k < kNumStates; ++k) states[k].store(reinterpret_cast<S*>(data[kState + k]) + i, count...);
+    if (change) added.store(change + i, count...);
   }
 
-  static void dense(const Scalars& scalars, std::byte* const* data, int64_t begin, int64_t end) {
-    const Scalars s = scalars;  // a copy the stores cannot alias
+  // `flags` are added to the scalars'. If `change` is not null, it gets what was added to the parameter.
+  static void update(const void* scalars, uint32_t flags, std::byte* const* data, int64_t begin, int64_t end,
+                     T* change) {
+    Scalars s = *static_cast<const Scalars*>(scalars);
+    s.flags |= flags;
     int64_t i = begin;
-    for (; i + Lane::kWidth <= end; i += Lane::kWidth) block(s, data, i);
-    if (i < end) block(s, data, i, static_cast<int>(end - i));
+    for (; i + Lane::kWidth <= end; i += Lane::kWidth) block(s, data, change, i);
+    if (i < end) block(s, data, change, i, static_cast<int>(end - i));
+  }
+};
+
+// A piece of a row, of storage type S: brings its elements, wherever they lie, to Dense::update.
+template <class Lane, class S>
+class Walk {
+ public:
+  using T = typename Lane::Scalar;
+  using Update = void (*)(const void*, uint32_t, std::byte* const*, int64_t, int64_t, T*);
+
+  // `stats`: null unless the row wants them.
+  Walk(const TensorRow& row, Update update, int num_streams, Stats<Lane, S>* stats)
+      : row_(row), update_(update), ema_(num_streams), num_streams_(num_streams + has_ema()), stats_(stats) {
+    common_ = *static_cast<const Common::Scalars<T>*>(row.scalars);  // the first base of every rule's
   }
 
-  // Where the streams have an element, counted in the order of their layout.
-  static void find(const Layout& layout, int64_t element, int64_t* offset) {
-    for (int k = 0; k < kNumStreams; ++k) offset[k] = layout.ndim == 0 ? element : 0;
-    for (int d = layout.ndim - 1; d >= 0; --d) {
-      const int64_t index = element % layout.dim[d].size;
-      element /= layout.dim[d].size;
-      for (int k = 0; k < kNumStreams; ++k) offset[k] += index * layout.dim[d].stride[k];
-    }
+  // Of unit-stride streams, all of them.
+  void dense(int64_t begin, int64_t end) {
+    std::byte* data[kMaxStreams];
+    for (int k = 0; k < num_streams_; ++k) data[k] = row_.data[k] + begin * int64_t{sizeof(S)};
+    at_ = begin;
+    update(data, end - begin);
+    finish();
   }
 
   // Any layout: runs along the fastest dimension; a stream that is not dense there goes through a small buffer.
-  static void strided(const TensorRow& row, int64_t begin, int64_t end) {
-    constexpr int64_t kRun = 256;
-    alignas(64) std::byte buffer[kNumStreams][kRun * sizeof(typename Lane::Scalar)];
-    const Scalars& scalars = *static_cast<const Scalars*>(row.scalars);
-    const Layout& layout = *row.layout;
+  void strided(int64_t begin, int64_t end) {
+    alignas(64) std::byte buffer[kMaxStreams][kRun * sizeof(S)];
+    const Layout& layout = *row_.layout;
     const Layout::Dim& inner = layout.dim[layout.ndim - 1];
-
+    at_ = begin;
     while (begin < end) {
-      int64_t offset[kNumStreams];
-      find(layout, begin, offset);
+      int64_t offset[kMaxStreams];
+      find(layout, begin, num_streams_, offset);
       int64_t run = inner.size - begin % inner.size;
       if (run > end - begin) run = end - begin;
       if (run > kRun) run = kRun;
 
-      std::byte* data[kNumStreams];
-      for (int k = 0; k < kNumStreams; ++k) {
-        data[k] = row.data[k] + offset[k] * itemsize(k);
+      std::byte *data[kMaxStreams], *from[kMaxStreams];
+      for (int k = 0; k < num_streams_; ++k) {
+        data[k] = from[k] = row_.data[k] + offset[k] * int64_t{sizeof(S)};
         if (inner.stride[k] == 1) continue;
-        copy(buffer[k], itemsize(k), data[k], inner.stride[k] * itemsize(k), run, itemsize(k));
         data[k] = buffer[k];
+        copy(data[k], sizeof(S), from[k], inner.stride[k] * int64_t{sizeof(S)}, run, sizeof(S));
       }
-      dense(scalars, data, 0, run);
-      for (int k = 0; k < kNumStreams; ++k) {
-        if (k == kGrad || data[k] != buffer[k]) continue;
-        copy(row.data[k] + offset[k] * itemsize(k), inner.stride[k] * itemsize(k), buffer[k], itemsize(k), run,
-             itemsize(k));
+      update(data, run);
+      for (int k = 0; k < num_streams_; ++k) {
+        if (k == kGrad || data[k] == from[k]) continue;
+        copy(from[k], inner.stride[k] * int64_t{sizeof(S)}, data[k], sizeof(S), run, sizeof(S));
       }
       begin += run;
     }
+    finish();
   }
 
   // The rows that a sparse gradient touches. Its values go through a buffer, in opmath, where they are added up.
-  static void sparse(const TensorRow& row, int64_t begin, int64_t end) {
-    if (row.layout->ndim == 0 && row.layout->sparse->row_numel >= Lane::kWidth) return whole_rows(row, begin, end);
-    single_elements(row, begin, end);
+  void sparse(int64_t begin, int64_t end) {
+    grad_size_ = sizeof(T);
+    flags_ = row_.layout->sparse->is_one_element ? Common::kOneElement : 0u;
+    at_ = begin;
+    if (row_.layout->ndim == 0 && row_.layout->sparse->row_numel >= Lane::kWidth) {
+      whole_rows(begin, end);
+    } else {
+      single_elements(begin, end);
+    }
+    finish();
   }
 
+ private:
+  static constexpr int64_t kRun = 256;  // elements that go through buffers at a time
+
+  bool has_ema() const { return row_.ema != Ema::kNone; }
+
   // Rows that are dense in all streams: updated where they lie.
-  static void whole_rows(const TensorRow& row, int64_t begin, int64_t end) {
-    constexpr int64_t kRun = 256;
-    alignas(64) G buffer[kRun];
-    const SparseGrad& sparse = *row.layout->sparse;
-    const Scalars scalars = scalars_of(row);
+  void whole_rows(int64_t begin, int64_t end) {
+    alignas(64) T buffer[kRun], unclipped[kRun];
+    const SparseGrad& sparse = *row_.layout->sparse;
     while (begin < end) {
       const int64_t r = begin / sparse.row_numel, from = begin % sparse.row_numel;
       int64_t run = sparse.row_numel - from;
       if (run > end - begin) run = end - begin;
       if (run > kRun) run = kRun;
-      if (from == 0) prefetch(row, r + kRowsAhead, (end - 1) / sparse.row_numel);
-      add_up(scalars, row, r, from, run, buffer);
-      std::byte* data[kNumStreams];
-      locate(row, r, data);
-      for (int k = 0; k < kNumStreams; ++k) data[k] += from * sizeof(S);
+      if (from == 0) prefetch(r + kRowsAhead, (end - 1) / sparse.row_numel);
+      add_up_values<Lane, S>(common_, row_, r, from, run, buffer);
+      if (stats_) add_up_values<Lane, S>(as_computed(), row_, r, from, run, unclipped);
+      std::byte* data[kMaxStreams];
+      locate(r, data);
+      for (int k = 0; k < num_streams_; ++k) data[k] += from * int64_t{sizeof(S)};
       data[kGrad] = reinterpret_cast<std::byte*>(buffer);
-      dense(scalars, data, 0, run);
+      update(data, run, unclipped);
       begin += run;
     }
   }
 
   // Any rows: an element at a time into buffers, and back.
-  static void single_elements(const TensorRow& row, int64_t begin, int64_t end) {
-    constexpr int64_t kRun = 256;
-    alignas(64) std::byte buffer[kNumStreams][kRun * sizeof(typename Lane::Scalar)];
-    std::byte* at[kRun][kNumStreams];
-    std::byte* data[kNumStreams];
-    for (int k = 0; k < kNumStreams; ++k) data[k] = buffer[k];
-    const Layout& layout = *row.layout;
+  void single_elements(int64_t begin, int64_t end) {
+    alignas(64) std::byte buffer[kMaxStreams][kRun * sizeof(T)];
+    alignas(64) T unclipped[kRun];
+    std::byte* at[kRun][kMaxStreams];
+    std::byte* data[kMaxStreams];
+    for (int k = 0; k < num_streams_; ++k) data[k] = buffer[k];
+    const Layout& layout = *row_.layout;
     const SparseGrad& sparse = *layout.sparse;
-    const Scalars scalars = scalars_of(row);
     while (begin < end) {
       const int64_t run = end - begin < kRun ? end - begin : kRun;
       for (int64_t i = 0; i < run; ++i) {
         const int64_t r = (begin + i) / sparse.row_numel;
-        int64_t offset[kNumStreams];
-        find(layout, (begin + i) % sparse.row_numel, offset);
-        locate(row, r, at[i]);
-        add_up(scalars, row, r, offset[kGrad], 1, reinterpret_cast<G*>(buffer[kGrad]) + i);
-        for (int k = 0; k < kNumStreams; ++k) {
+        int64_t offset[kMaxStreams];
+        find(layout, (begin + i) % sparse.row_numel, num_streams_, offset);
+        locate(r, at[i]);
+        add_up_values<Lane, S>(common_, row_, r, offset[kGrad], 1, reinterpret_cast<T*>(buffer[kGrad]) + i);
+        if (stats_) add_up_values<Lane, S>(as_computed(), row_, r, offset[kGrad], 1, unclipped + i);
+        for (int k = 0; k < num_streams_; ++k) {
           if (k == kGrad) continue;
-          at[i][k] += offset[k] * sizeof(S);
+          at[i][k] += offset[k] * int64_t{sizeof(S)};
           std::memcpy(buffer[k] + i * sizeof(S), at[i][k], sizeof(S));
         }
       }
-      dense(scalars, data, 0, run);
+      update(data, run, unclipped);
       for (int64_t i = 0; i < run; ++i) {
-        for (int k = 0; k < kNumStreams; ++k) {
+        for (int k = 0; k < num_streams_; ++k) {
           if (k != kGrad) std::memcpy(at[i][k], buffer[k] + i * sizeof(S), sizeof(S));
         }
       }
@@ -148,90 +176,124 @@ struct Step {
     }
   }
 
-  static Scalars scalars_of(const TensorRow& row) {
-    Scalars scalars = *static_cast<const Scalars*>(row.scalars);
-    if (row.layout->sparse->is_one_element) scalars.flags |= Gradient::kOneElement;
+  // Of a gradient neither clipped nor negated: what statistics are about.
+  Common::Scalars<T> as_computed() const {
+    Common::Scalars<T> scalars = common_;
+    scalars.flags &= Common::kUnscale;
     return scalars;
   }
 
   // Where row r of a sparse gradient begins in the parameter and its state.
-  static void locate(const TensorRow& row, int64_t r, std::byte** at) {
-    const SparseGrad& sparse = *row.layout->sparse;
+  void locate(int64_t r, std::byte** at) const {
+    const SparseGrad& sparse = *row_.layout->sparse;
     const int64_t value = sparse.order ? sparse.order[sparse.first[r]] : r;
-    for (int k = 0; k < kNumStreams; ++k) at[k] = row.data[k];
+    for (int k = 0; k < num_streams_; ++k) at[k] = row_.data[k];
     for (int d = 0; d < sparse.num_dims; ++d) {
       const int64_t index = sparse.indices[d * sparse.dim_stride + value * sparse.value_stride];
-      for (int k = 0; k < kNumStreams; ++k) at[k] += index * sparse.dims[d].stride[k] * int64_t{sizeof(S)};
+      for (int k = 0; k < num_streams_; ++k) at[k] += index * sparse.dims[d].stride[k] * int64_t{sizeof(S)};
     }
   }
 
   // Rows lie anywhere: the processor cannot foresee the next ones. (Inlined, for GCC drops calls of a function that
   // only prefetches, since it has no effect.)
   static constexpr int64_t kRowsAhead = 4;
-  __attribute__((always_inline)) static inline void prefetch(const TensorRow& row, int64_t r, int64_t last) {
+  __attribute__((always_inline)) inline void prefetch(int64_t r, int64_t last) const {
     constexpr int64_t kLine = 64, kMost = 1024;
     if (r > last) return;
-    std::byte* at[kNumStreams];
-    locate(row, r, at);
-    const int64_t bytes = row.layout->sparse->row_numel * int64_t{sizeof(S)};
+    std::byte* at[kMaxStreams];
+    locate(r, at);
+    const int64_t bytes = row_.layout->sparse->row_numel * int64_t{sizeof(S)};
     for (int64_t i = 0; i < bytes && i < kMost; i += kLine) {
-      for (int k = 0; k < kNumStreams; ++k) {
+      for (int k = 0; k < num_streams_; ++k) {
         if (k != kGrad) __builtin_prefetch(at[k] + i, 1);
       }
     }
   }
 
-  // The sum of the values of row r, from one of their elements on.
-  static void add_up(const Scalars& s, const TensorRow& row, int64_t r, int64_t from, int64_t count, G* sum) {
-    const SparseGrad& sparse = *row.layout->sparse;
-    const int64_t first = sparse.order ? sparse.first[r] : r, last = sparse.order ? sparse.first[r + 1] : r + 1;
-    for (int64_t v = first; v < last; ++v) {
-      const int64_t value = sparse.order ? sparse.order[v] : v;
-      const S* at = reinterpret_cast<const S*>(row.data[kGrad]) + value * sparse.grad_stride + from;
-      const auto add_block = [&](int64_t i, auto... n) {
-        Lane x = Gradient::value(s, Lane::load(at + i, n...));
-        if (v != first) x = add(Lane::load(static_cast<const G*>(sum) + i, n...), x);
-        x.store(sum + i, n...);
-      };
-      int64_t i = 0;
-      for (; i + Lane::kWidth <= count; i += Lane::kWidth) add_block(i);
-      if (i < count) add_block(i, static_cast<int>(count - i));
+  // The next `count` elements of the piece, which lie in streams of unit stride here. `unclipped`: those of a sparse
+  // gradient as computed.
+  void update(std::byte* const* data, int64_t count, const T* unclipped = nullptr) {
+    if (!has_ema() && !stats_) return update_(row_.scalars, flags_, data, 0, count, nullptr);
+    // Run by run, while it is in the cache, comes what is beside the update.
+    for (int64_t done = 0; done < count;) {
+      int64_t run = count - done;
+      if (run > kRun) run = kRun;
+      if (stats_ && run > kPart - at_ % kPart) run = kPart - at_ % kPart;
+      std::byte* here[kMaxStreams];
+      for (int k = 0; k < num_streams_; ++k) here[k] = data[k] + done * (k == kGrad ? grad_size_ : int64_t{sizeof(S)});
+      update_run(here, run, unclipped ? unclipped + done : nullptr);
+      done += run;
+      at_ += run;
+      if (stats_ && at_ % kPart == 0) finish();
     }
   }
 
-  static void copy(std::byte* to, int64_t to_stride, const std::byte* from, int64_t from_stride, int64_t count,
-                   int64_t size) {
-    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, size);
-  }
-
-  static void update(const TensorRow& row, int64_t begin, int64_t end) {
-    if constexpr (variant == Rule::kSparseVariant) {
-      sparse(row, begin, end);
-    } else if (row.layout) {
-      strided(row, begin, end);
+  void update_run(std::byte* const* data, int64_t count, const T* unclipped) {
+    const S* const param = reinterpret_cast<const S*>(data[kParam]);
+    if (stats_) {
+      alignas(64) S before[kRun];
+      alignas(64) T change[kRun];
+      std::memcpy(before, param, count * sizeof(S));
+      update_(row_.scalars, flags_, data, 0, count, change);
+      if (unclipped) {
+        stats_->include(Common::scalars<T>({}, false, 0), before, param, unclipped, change, count);
+      } else {
+        stats_->include(as_computed(), before, param, reinterpret_cast<const S*>(data[kGrad]), change, count);
+      }
     } else {
-      dense(*static_cast<const Scalars*>(row.scalars), row.data, begin, end);
+      update_(row_.scalars, flags_, data, 0, count, nullptr);
+    }
+    if (row_.ema == Ema::kCopy) std::memcpy(data[ema_], param, count * sizeof(S));
+    if (row_.ema == Ema::kMove) {
+      std::byte* const average[] = {data[kParam], nullptr, data[ema_]};
+      Dense<Average, 0, Lane, S, S>::update(&common_, 0, average, 0, count, nullptr);
     }
   }
+
+  // Behind the last element of a part, or of the piece.
+  void finish() {
+    if (!stats_ || stats_->num_lanes == 0) return;
+    row_.stats[(at_ - 1) / kPart] = stats_->total();
+    *stats_ = {};
+  }
+
+  const TensorRow& row_;
+  Update update_;
+  int ema_, num_streams_;  // the average's stream, where there is one; with it
+  int64_t grad_size_ = sizeof(S);
+  uint32_t flags_ = 0;
+  Common::Scalars<T> common_;
+  int64_t at_ = 0;  // the element that comes next
+  Stats<Lane, S>* stats_;
 };
 
-// Finds Step::update for a rule's id, a variant and a dtype among the instantiations of this target.
+template <class Rule, int variant, class Lane, class S>
+void update(const TensorRow& row, int64_t begin, int64_t end) {
+  // The sum of a sparse gradient's values is not rounded to their storage type.
+  constexpr bool kIsSparse = variant == Rule::kSparseVariant;
+  using Rows = Dense<Rule, variant, Lane, S, std::conditional_t<kIsSparse, typename Lane::Scalar, S>>;
+  if (!kIsSparse && !row.layout && row.ema == Ema::kNone && !row.stats)
+    return Rows::update(row.scalars, 0, row.data, begin, end, nullptr);  // the usual case
+  const auto walk = [&](Stats<Lane, S>* stats) {
+    Walk<Lane, S> walk(row, Rows::update, kState + Rows::kNumStates, stats);
+    if constexpr (kIsSparse) return walk.sparse(begin, end);
+    row.layout ? walk.strided(begin, end) : walk.dense(begin, end);
+  };
+  if (!row.stats) return walk(nullptr);
+  Stats<Lane, S> stats;
+  walk(&stats);
+}
+
+// Finds update() for a rule's id, a variant and a dtype among the instantiations of this target.
 template <class F32, class F64>
 struct Kernels {
-  template <class Rule, int variant, class Lane, class S>
-  static UpdateFn find() {
-    // The sum of a sparse gradient's values is not rounded to their storage type.
-    using G = std::conditional_t<variant == Rule::kSparseVariant, typename Lane::Scalar, S>;
-    return Step<Rule, variant, Lane, S, G>::update;
-  }
-
   template <class Rule, int variant>
   static UpdateFn by_dtype(DType dtype) {
     switch (dtype) {
-      case DType::kFloat32: return find<Rule, variant, F32, float>();
-      case DType::kFloat64: return find<Rule, variant, F64, double>();
-      case DType::kBFloat16: return find<Rule, variant, F32, BFloat16>();
-      case DType::kFloat16: return find<Rule, variant, F32, Half>();
+      case DType::kFloat32: return update<Rule, variant, F32, float>;
+      case DType::kFloat64: return update<Rule, variant, F64, double>;
+      case DType::kBFloat16: return update<Rule, variant, F32, BFloat16>;
+      case DType::kFloat16: return update<Rule, variant, F32, Half>;
     }
     return nullptr;
   }
@@ -253,20 +315,31 @@ struct Kernels {
   }
 
   static UpdateFn find(int rule, int variant, DType dtype) { return by_rule(Rules{}, rule, variant, dtype); }
+
+  static MeasureFn find_norm(DType dtype) {
+    switch (dtype) {
+      case DType::kFloat32: return Norm<F32, float>::measure;
+      case DType::kFloat64: return Norm<F64, double>::measure;
+      case DType::kBFloat16: return Norm<F32, BFloat16>::measure;
+      case DType::kFloat16: return Norm<F32, Half>::measure;
+    }
+    return nullptr;
+  }
 };
 
 int64_t units = 0;
 
 int64_t units_run() { return __atomic_load_n(&units, __ATOMIC_RELAXED); }
 
-int64_t piece_boundary(const TensorRow& row, int64_t cost) {
+int64_t piece_boundary(const TensorRow& row, int64_t cost, int64_t alignment) {
   const int64_t element = cost - row.start;
   if (element <= 0) return 0;
   if (element >= row.numel) return row.numel;
-  return element & ~(kPieceAlignment - 1);
+  return element - element % alignment;
 }
 
-void run(const TensorRow* rows, int64_t num_rows, int64_t begin, int64_t end) {
+// Updates what of the rows lies in [begin, end) of their running total of cost; or, with options, measures it.
+void run(const TensorRow* rows, int64_t num_rows, const NormOptions* norm, int64_t begin, int64_t end) {
   __atomic_fetch_add(&units, 1, __ATOMIC_RELAXED);
   int64_t low = 0, high = num_rows;  // the last row that starts at or before `begin`
   while (high - low > 1) {
@@ -275,8 +348,14 @@ void run(const TensorRow* rows, int64_t num_rows, int64_t begin, int64_t end) {
   }
   for (const TensorRow* row = rows + low; row != rows + num_rows && row->start < end; ++row) {
     if (!row->scalars) continue;
-    const int64_t from = piece_boundary(*row, begin), to = piece_boundary(*row, end);
-    if (from < to) row->update(*row, from, to);
+    const int64_t alignment = norm || row->stats ? kPart : kPieceAlignment;
+    const int64_t from = piece_boundary(*row, begin, alignment), to = piece_boundary(*row, end, alignment);
+    if (from >= to) continue;
+    if (norm) {
+      row->measure(*row, *norm, from, to);
+    } else {
+      row->update(*row, from, to);
+    }
   }
 }
 

@@ -12,8 +12,9 @@ struct Target {
   // Is this target able to run on this processor?
   bool (*supported)();
   UpdateFn (*find)(int rule, int variant, DType dtype);
-  // Updates what lies in [begin, end) of the rows' running total of cost.
-  void (*run)(const TensorRow* rows, int64_t num_rows, int64_t begin, int64_t end);
+  MeasureFn (*find_norm)(DType dtype);
+  // Updates what lies in [begin, end) of the rows' running total of cost; or, with options, measures it.
+  void (*run)(const TensorRow* rows, int64_t num_rows, const NormOptions* norm, int64_t begin, int64_t end);
   // Units of work that this target's own code has run: shows that a forced target is the one in use.
   int64_t (*units_run)();
 };

@@ -1,4 +1,4 @@
-// From a rule's id and a dtype to the kernel's template arguments: every kernel there is, in one place.
+// From a rule's id and a dtype to a kernel's template arguments: every kernel there is, in one place.
 #pragma once
 
 #include "../rules/rules.h"
@@ -7,24 +7,41 @@
 namespace fusedopt {
 namespace cuda {
 
-// Calls F<Rule, storage type, opmath, on_device>::call(args...).
-template <template <class, class, class, bool> class F, class Rule, bool kOnDevice, class... A>
+// Calls F<Rule, storage type, opmath, full>::call(args...).
+template <template <class, class, class, bool> class F, class Rule, bool kFull, class... A>
 void dispatch_dtype(DType dtype, A... args) {
   switch (dtype) {
-    case DType::kFloat32: return F<Rule, float, float, kOnDevice>::call(args...);
-    case DType::kFloat64: return F<Rule, double, double, kOnDevice>::call(args...);
-    case DType::kBFloat16: return F<Rule, BFloat16, float, kOnDevice>::call(args...);
-    case DType::kFloat16: return F<Rule, Half, float, kOnDevice>::call(args...);
+    case DType::kFloat32: return F<Rule, float, float, kFull>::call(args...);
+    case DType::kFloat64: return F<Rule, double, double, kFull>::call(args...);
+    case DType::kBFloat16: return F<Rule, BFloat16, float, kFull>::call(args...);
+    case DType::kFloat16: return F<Rule, Half, float, kFull>::call(args...);
   }
 }
 
+// Rules that are no optimizer's have full kernels only.
+template <template <class, class, class, bool> class F, class Rule, class... A>
+void dispatch_rule(DType dtype, bool full, A... args) {
+  if constexpr (Rule::kCountsSteps) {
+    if (!full) return dispatch_dtype<F, Rule, false>(dtype, args...);
+  }
+  dispatch_dtype<F, Rule, true>(dtype, args...);
+}
+
 template <template <class, class, class, bool> class F, class... R, class... A>
-void dispatch(RuleList<R...>, int rule, DType dtype, bool on_device, A... args) {
+void dispatch(RuleList<R...>, int rule, DType dtype, bool full, A... args) {
   int id = 0;
-  ((id++ == rule
-        ? (on_device ? dispatch_dtype<F, R, true>(dtype, args...) : dispatch_dtype<F, R, false>(dtype, args...))
-        : void()),
-   ...);
+  ((id++ == rule ? dispatch_rule<F, R>(dtype, full, args...) : void()), ...);
+}
+
+// Calls F<storage type, opmath>::call(args...).
+template <template <class, class> class F, class... A>
+void dispatch_norm(DType dtype, A... args) {
+  switch (dtype) {
+    case DType::kFloat32: return F<float, float>::call(args...);
+    case DType::kFloat64: return F<double, double>::call(args...);
+    case DType::kBFloat16: return F<BFloat16, float>::call(args...);
+    case DType::kFloat16: return F<Half, float>::call(args...);
+  }
 }
 
 }  // namespace cuda

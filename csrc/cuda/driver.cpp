@@ -63,7 +63,8 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
   }
   Row& at = rows_[n];
   bool same = at.step == info.step && at.numel == row.numel && at.scalars == scalars && at.variant == info.variant &&
-              at.step_is_double == info.step_is_double && layouts_[n] == row.layout;
+              at.step_is_double == info.step_is_double && layouts_[n] == row.layout && at.ema == row.ema &&
+              at.starts_at_one == info.starts_at_one && at.entry == info.entry;
   for (int k = 0; k < kMaxStreams; ++k) same &= k == kGrad || at.data[k] == row.data[k];
   if (!same) {
     std::memcpy(at.data, row.data, sizeof at.data);
@@ -73,6 +74,9 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
     at.scalars = scalars;
     at.variant = info.variant;
     at.step_is_double = info.step_is_double;
+    at.ema = row.ema;
+    at.starts_at_one = info.starts_at_one;
+    at.entry = info.entry;
     layouts_[n] = row.layout;
     rows_changed_ = true;
   }
@@ -113,16 +117,19 @@ void Table::build(const StepInfo& info) {
     size = (size + bytes + 15) / 16 * 16;
     return at;
   };
-  place(sizeof(unsigned));  // blocks_done
+  place(2 * sizeof(unsigned));  // blocks_done
   place(num_rows_ * sizeof grads_[0]);
   scalars_at_ = place(num_more_ * info.scalars_size);
-  groups_at_ = place(groups_size_);
+  options_at_ = place(options_size_);
   hot_size_ = size;
   rows_at_ = place(num_rows_ * sizeof(Row));
   dims_at_ = place(dims.size() * sizeof(Layout::Dim));
   sparse_at_ = place(sparse.size() * sizeof(SparseGrad));
   chunks_at_ = place(row_of_chunk.size() * sizeof(int32_t));
   image_.assign(size, std::byte{0});
+  norm_at_ = place(num_chunks_ * sizeof(NormPart));
+  stats_at_ = place(num_chunks_ * sizeof(StatsPart));
+  size_ = size;
   const auto put = [&](size_t at, const auto& values) {
     if (!values.empty()) std::memcpy(image_.data() + at, values.data(), values.size() * sizeof values[0]);
   };
@@ -152,7 +159,8 @@ void Table::upload(const StepInfo& info, std::byte* to, const std::byte* from, s
 
 void Table::prepare(const StepInfo& info, bool changed) {
   info_ = info;
-  cuda_->make_ready(info.rule, info.dtype, on_device_, info.device);
+  full_ = on_device_ || info.full;
+  cuda_->make_ready(info.rule, info.dtype, full_, info.device);
   if (rows_.size() != num_rows_) {
     rows_.resize(num_rows_);
     grads_.resize(num_rows_);
@@ -160,12 +168,12 @@ void Table::prepare(const StepInfo& info, bool changed) {
     rows_changed_ = true;
   }
   const size_t num_more = scalars_.size() > kInlineScalars ? scalars_.size() : 0;
-  const size_t groups_size = on_device_ ? info.groups_size : 0;
-  const bool all = rows_changed_ || changed || info.capturing || num_more != num_more_ || groups_size != groups_size_;
+  const size_t options_size = full_ ? info.options_size : 0;
+  const bool all = rows_changed_ || changed || info.capturing || num_more != num_more_ || options_size != options_size_;
   if (all) {
     rows_changed_ = true;  // until the image is where it belongs
     num_more_ = num_more;
-    groups_size_ = groups_size;
+    options_size_ = options_size;
     build(info);
   }
   bool hot = grads_changed_ || num_more > 0;
@@ -173,21 +181,21 @@ void Table::prepare(const StepInfo& info, bool changed) {
   std::memcpy(image_.data() + kGradsAt, grads_.data(), num_rows_ * sizeof grads_[0]);
   for (size_t i = 0; i < num_more; ++i)
     std::memcpy(image_.data() + scalars_at_ + i * info.scalars_size, scalars_[i], info.scalars_size);
-  if (groups_size && std::memcmp(image_.data() + groups_at_, info.groups, groups_size) != 0) {
-    std::memcpy(image_.data() + groups_at_, info.groups, groups_size);
+  if (options_size && std::memcmp(image_.data() + options_at_, info.options, options_size) != 0) {
+    std::memcpy(image_.data() + options_at_, info.options, options_size);
     hot = true;
   }
 
   std::byte* at;
   if (info.capturing) {
     // The graph gets a table of its own, which nothing else writes and nothing frees.
-    at = static_cast<std::byte*>(cuda_->allocate(info.device, image_.size()));
+    at = static_cast<std::byte*>(cuda_->allocate(info.device, size_));
     cuda_->copy_now(info.device, at, image_.data(), image_.size());
-    captured_.push_back({at, groups_at_, groups_size});
+    captured_.push_back({at, options_at_, options_size});
   } else {
     bool moved = false;
-    if (capacity_ < image_.size()) {
-      const size_t capacity = image_.size() * 3 / 2;
+    if (capacity_ < size_) {
+      const size_t capacity = size_ * 3 / 2;
       std::byte* memory = static_cast<std::byte*>(cuda_->allocate(info.device, capacity));
       if (memory_) retired_.push_back(memory_);
       memory_ = memory;
@@ -208,7 +216,12 @@ void Table::prepare(const StepInfo& info, bool changed) {
   where.row_of_chunk = reinterpret_cast<const int32_t*>(at + chunks_at_);
   where.num_rows = num_rows_;
   where.num_chunks = num_chunks_;
-  where.groups = on_device_ ? at + groups_at_ : nullptr;
+  where.options = full_ ? reinterpret_cast<const Options*>(at + options_at_) : nullptr;
+  where.groups = full_ ? at + options_at_ + sizeof(Options) : nullptr;
+  where.answer = info.answer;
+  where.norm_parts = info.norm ? reinterpret_cast<NormPart*>(at + norm_at_) : nullptr;
+  where.stats = info.stats;
+  where.stats_parts = reinterpret_cast<StatsPart*>(at + stats_at_);
   where.more_scalars = num_more ? at + scalars_at_ : nullptr;
   where.found_inf = info.found_inf;
   where.grad_scale = info.grad_scale;
@@ -219,21 +232,36 @@ void Table::prepare(const StepInfo& info, bool changed) {
     std::memcpy(args_.data() + sizeof where + i * info.scalars_size, scalars_[i], info.scalars_size);
 }
 
-void Table::launch() {
-  if (num_chunks_ == 0 && !on_device_) return;  // nothing but empty tensors
+void Table::launch_norm(bool is_first, bool is_last) {
+  NormArgs args{};
+  std::memcpy(&args.at, args_.data(), sizeof args.at);
+  args.how = info_.how;
+  args.is_first = is_first;
+  args.is_last = is_last;
+  args.report_inf = info_.report_inf;
   ++num_launches;
-  cuda_->launch(info_.rule, info_.dtype, on_device_, args_.data(), info_.device, info_.stream);
+  cuda_->launch_norm(info_.dtype, args, info_.device, info_.stream);
+}
+
+void Table::launch(bool counts_skips) {
+  if (num_chunks_ == 0 && !full_) return;  // nothing but empty tensors
+  Where where;
+  std::memcpy(&where, args_.data(), sizeof where);
+  where.counts_skips = counts_skips;
+  std::memcpy(args_.data(), &where, sizeof where);
+  ++num_launches;
+  cuda_->launch(info_.rule, info_.dtype, full_, args_.data(), info_.device, info_.stream);
 }
 
 void Table::update_captured(const StepInfo& info) {
   if (info.capturing) throw std::runtime_error("update_captured() is no part of a graph: call it outside");
   bool any = false, none = true;
   for (const Captured& captured : captured_) {
-    if (captured.groups_size == 0) continue;
+    if (captured.options_size == 0) continue;
     any = true;
-    if (captured.groups_size != info.groups_size) continue;  // of an earlier graph, before groups were added
+    if (captured.options_size != info.options_size) continue;  // of an earlier graph, before groups were added
     none = false;
-    upload(info, captured.memory + captured.groups_at, info.groups, info.groups_size);
+    upload(info, captured.memory + captured.options_at, info.options, info.options_size);
   }
   if (any && none) throw std::runtime_error("the number of parameter groups has changed since the graph was captured");
 }

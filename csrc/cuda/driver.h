@@ -24,6 +24,8 @@ struct RowInfo {
   int16_t variant;
   bool step_is_double;
   void* step;  // null: the host counts
+  int32_t entry = 0;  // its place in the statistics
+  bool starts_at_one = false;
 };
 
 // What is the same for all rows of a launch.
@@ -31,9 +33,15 @@ struct StepInfo {
   int rule;
   DType dtype;
   size_t scalars_size;
-  const std::byte* groups;  // Group<Rule>[]
-  size_t groups_size;
+  const std::byte* options;  // Options and Group<Rule>[]
+  size_t options_size;
   const float *found_inf, *grad_scale;
+  bool full;       // the step needs what only the full kernels have, beside counts on the device
+  double* answer;  // null if nothing is decided
+  bool norm;       // measure it first
+  NormOptions how;
+  float* report_inf;
+  double* stats;  // null if they are not wanted
   int device;
   void* stream;
   bool capturing;  // the stream is being captured in a graph
@@ -50,7 +58,9 @@ class Table {
   void add(const TensorRow& row, const RowInfo& info);
   // All that can fail but the launch. `changed`: a row's layout may have changed with everything else alike.
   void prepare(const StepInfo& info, bool changed);
-  void launch();
+  // The norm of all gradients: of the tables of several dtypes, one after the other.
+  void launch_norm(bool is_first, bool is_last);
+  void launch(bool counts_skips);
   // Uploads the groups' options to the tables of captured graphs.
   void update_captured(const StepInfo& info);
   bool empty() const { return num_rows_ == 0; }
@@ -60,7 +70,7 @@ class Table {
  private:
   struct Captured {
     std::byte* memory;
-    size_t groups_at, groups_size;
+    size_t options_at, options_size;
   };
   // Pinned memory that a copy to the device reads; used again only when that copy is done.
   struct Staging {
@@ -81,14 +91,16 @@ class Table {
   size_t num_rows_ = 0;
   bool rows_changed_ = true, grads_changed_ = true;
   bool on_device_ = false;            // some count their steps on the device
+  bool full_ = false;
   std::vector<const void*> scalars_;  // the sets in use
   std::unordered_map<const void*, int32_t> scalars_index_;
 
-  // The table's image: gradients, scalars, groups (what changes often: the hot part), then rows, dimensions,
-  // sparse gradients, chunks.
+  // The table's image: gradients, scalars, options and groups (what changes often: the hot part), then rows,
+  // dimensions, sparse gradients, chunks. Behind it lie the parts that kernels write.
   std::vector<std::byte> image_;
-  size_t scalars_at_ = 0, groups_at_ = 0, rows_at_ = 0, dims_at_ = 0, sparse_at_ = 0, chunks_at_ = 0, hot_size_ = 0;
-  size_t num_more_ = 0, groups_size_ = 0;
+  size_t scalars_at_ = 0, options_at_ = 0, rows_at_ = 0, dims_at_ = 0, sparse_at_ = 0, chunks_at_ = 0, hot_size_ = 0;
+  size_t norm_at_ = 0, stats_at_ = 0, size_ = 0;  // of all
+  size_t num_more_ = 0, options_size_ = 0;
   int64_t num_chunks_ = 0;
 
   std::byte* memory_ = nullptr;  // the table

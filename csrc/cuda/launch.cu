@@ -36,30 +36,52 @@ class OutsideCapture {
 // Blocks that a multiprocessor must have room for; 0 leaves it to the compiler. By what was found with
 // tests/check_sass.py: nothing spills on any architecture, and each has room for two blocks at the least, whose loads
 // are more than a memory with a latency of a microsecond needs to be busy.
-template <class Rule, class S, bool kOnDevice>
+template <class Rule, class S, bool kFull>
 constexpr int min_blocks() {
-  constexpr bool many_scalars = sizeof(typename Rule::template Scalars<float>) > 40;
+  constexpr bool many_scalars = sizeof(typename Rule::template Scalars<float>) > 48;
   constexpr bool has_sparse = Rule::kSparseVariant >= 0;
-  if (kOnDevice) return sizeof(S) == 4 ? 3 : 2;
+  if (kFull) return sizeof(S) == 4 ? 3 : 2;
   return sizeof(S) == 2 ? (many_scalars ? 2 : 3) : sizeof(S) == 8 && has_sparse ? 3 : 0;
 }
 
-template <class Rule, class S, class T, bool kOnDevice>
-__global__ void __launch_bounds__(kThreads, min_blocks<Rule, S, kOnDevice>())
-    step_kernel(const __grid_constant__ Args<Rule, T> args) {
-  step_thread<Rule, S, T, kOnDevice>(args, blockIdx.x, gridDim.x, threadIdx.x);
-  if (!kOnDevice) return;
-  // The last block to come here finds that all have read the step counts, and counts.
+// Is this the last block to come here? Then it finds what all others have written.
+__device__ bool is_last_block(unsigned* blocks_done) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    is_last = atomicAdd(args.at.blocks_done, 1u) == gridDim.x - 1;
+    is_last = atomicAdd(blocks_done, 1u) == gridDim.x - 1;
+    if (is_last) *blocks_done = 0;
   }
   __syncthreads();
-  if (!is_last) return;
+  __threadfence();
+  return is_last;
+}
+
+template <class Rule, class S, class T, bool kFull>
+__global__ void __launch_bounds__(kThreads, min_blocks<Rule, S, kFull>())
+    step_kernel(const __grid_constant__ Args<Rule, T> args) {
+  step_thread<Rule, S, T, kFull>(args, blockIdx.x, gridDim.x, threadIdx.x);
+  if (!kFull || !is_last_block(args.at.blocks_done)) return;
+  // All blocks have read the step counts.
+  finish_stats(args.at, sizeof(T) == sizeof(double), threadIdx.x);
   count_steps<Rule, T>(args, threadIdx.x);
-  if (threadIdx.x == 0) *args.at.blocks_done = 0;
+}
+
+template <class S, class T>
+__global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormArgs args) {
+  constexpr int kWarps = kThreads / 32;
+  norm_warp<S, T>(args, int64_t{blockIdx.x} * kWarps + threadIdx.x / 32, int64_t{gridDim.x} * kWarps, threadIdx.x);
+  if (!is_last_block(args.at.blocks_done + 1)) return;
+  static_assert(kThreads == kColumns, "a column a thread");
+  __shared__ NormPart columns[kColumns];
+  const int mine = threadIdx.x;
+  columns[mine] = column(args.at.norm_parts, args.at.num_chunks, mine);
+  for (int apart = kColumns / 2; apart > 0; apart /= 2) {
+    __syncthreads();
+    if (mine < apart) columns[mine] = combine(columns[mine], columns[mine + apart]);
+  }
+  if (mine == 0) finish_norm(args, columns[0]);
 }
 
 const char* why_not() {
@@ -152,48 +174,69 @@ bool is_capturing(void* stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// As many blocks as the device holds at once.
-template <class Rule, class S, class T, bool kOnDevice>
-struct Resident {
+// As many blocks of a kernel as the device holds at once.
+template <class Kernel>
+int64_t resident(Kernel* kernel, int device, int* known) {
+  if (known[device % 64]) return known[device % 64];
+  int processors = 0, each = 0;
+  const OutsideCapture outside;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0),
+        "this build has no kernel for the device; FUSEDOPT_CUDA_ARCHS");
+  return known[device % 64] = processors * each;
+}
+
+unsigned num_blocks(int64_t wanted, int64_t most) {
+  return static_cast<unsigned>(wanted < 1 ? 1 : wanted < most ? wanted : most);
+}
+
+template <class Rule, class S, class T, bool kFull>
+struct Step {
   static inline int blocks[64] = {};
+  static void call(int device) { resident(step_kernel<Rule, S, T, kFull>, device, blocks); }
 
-  static void call(int device) {
-    if (blocks[device % 64]) return;
-    int processors = 0, each = 0;
-    const OutsideCapture outside;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, step_kernel<Rule, S, T, kOnDevice>, kThreads, 0),
-          "this build has no kernel for the device; FUSEDOPT_CUDA_ARCHS");
-    blocks[device % 64] = processors * each;
-  }
-};
-
-template <class Rule, class S, class T, bool kOnDevice>
-struct Launch {
   static void call(const void* raw, int device, void* stream) {
     const auto& args = *static_cast<const Args<Rule, T>*>(raw);
-    const int64_t most = Resident<Rule, S, T, kOnDevice>::blocks[device % 64];
-    const int64_t blocks = args.at.num_chunks < most ? args.at.num_chunks : most;
-    step_kernel<Rule, S, T, kOnDevice>
-        <<<static_cast<unsigned>(blocks > 0 ? blocks : 1), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    const int64_t most = resident(step_kernel<Rule, S, T, kFull>, device, blocks);
+    step_kernel<Rule, S, T, kFull>
+        <<<num_blocks(args.at.num_chunks, most), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
     check(cudaGetLastError(), "launching the step");
   }
 };
 
-void make_ready(int rule, DType dtype, bool on_device, int device) {
+template <class S, class T>
+struct NormOf {
+  static inline int blocks[64] = {};
+  static void call(int device) { resident(norm_kernel<S, T>, device, blocks); }
+
+  static void call(const NormArgs* args, int device, void* stream) {
+    const int64_t most = resident(norm_kernel<S, T>, device, blocks);
+    norm_kernel<S, T><<<num_blocks((args->at.num_chunks + 7) / 8, most), kThreads, 0,
+                        static_cast<cudaStream_t>(stream)>>>(*args);
+    check(cudaGetLastError(), "launching the norm");
+  }
+};
+
+void make_ready(int rule, DType dtype, bool full, int device) {
   use(device);
-  dispatch<Resident>(Rules{}, rule, dtype, on_device, device);
+  dispatch<Step>(Rules{}, rule, dtype, full, device);
+  dispatch_norm<NormOf>(dtype, device);
 }
 
-void launch(int rule, DType dtype, bool on_device, const void* args, int device, void* stream) {
+void launch(int rule, DType dtype, bool full, const void* args, int device, void* stream) {
   use(device);
-  dispatch<Launch>(Rules{}, rule, dtype, on_device, args, device, stream);
+  dispatch<Step>(Rules{}, rule, dtype, full, args, device, stream);
+}
+
+void launch_norm(DType dtype, const NormArgs& args, int device, void* stream) {
+  use(device);
+  dispatch_norm<NormOf>(dtype, &args, device, stream);
 }
 
 }  // namespace
 
 const Runtime kGpu = {why_not, allocate, release,      allocate_pinned, release_pinned, copy,
-                      is_done, copy_now, is_capturing, make_ready,      launch};
+                      is_done, copy_now, is_capturing, make_ready,      launch,          launch_norm};
 
 }  // namespace cuda
 }  // namespace fusedopt

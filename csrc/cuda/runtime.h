@@ -23,9 +23,10 @@ struct Runtime {
   void (*copy_now)(int device, void* to, const void* from, size_t bytes);
   bool (*is_capturing)(void* stream);
   // All that can keep a kernel from being launched: asked before anything is changed.
-  void (*make_ready)(int rule, DType dtype, bool on_device, int device);
-  // args: an Args<Rule, T>. on_device: there are step counts on the device.
-  void (*launch)(int rule, DType dtype, bool on_device, const void* args, int device, void* stream);
+  void (*make_ready)(int rule, DType dtype, bool full, int device);
+  // args: an Args<Rule, T>. full: with what only the full kernels have (step_thread).
+  void (*launch)(int rule, DType dtype, bool full, const void* args, int device, void* stream);
+  void (*launch_norm)(DType dtype, const struct NormArgs& args, int device, void* stream);
 };
 
 // The one in use; null if this build has none.

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../measures.h"
+#include "../rules/common.h"
 #include "../rules/tensor_lr.h"
 #include "../table.h"
 
@@ -11,7 +13,7 @@ namespace fusedopt {
 namespace cuda {
 
 constexpr int kThreads = 256;       // of a block
-constexpr int64_t kChunk = 4096;    // elements that a block takes at a time, all of one row
+constexpr int64_t kChunk = kPart;   // elements that a block takes at a time, all of one row
 constexpr int kInlineScalars = 32;  // sets of scalars that travel with the launch itself
 constexpr int kMaxNumbers = 4;      // options of a group that may be tensors on the device
 
@@ -25,7 +27,10 @@ struct Row {
   int64_t sparse;   // which of the sparse gradients, whose dimensions lie before the layout's; -1 if it has none
   int32_t ndim;     // of the layout
   int32_t scalars;  // which set; with a step count on the device: which group
+  int32_t entry;    // the parameter's place in the statistics
   int16_t variant;
+  Ema ema;             // what becomes of the average, the stream behind the states
+  bool starts_at_one;  // an average that begins with the first step that is not skipped
   bool step_is_double;
 };
 
@@ -33,6 +38,7 @@ struct Row {
 template <class Rule>
 struct Group {
   typename Rule::Options options;
+  Context context;  // but for what GradScaler left on the device
   double lr;
   const void* lr_at;  // null: lr is `lr`
   DType lr_dtype;
@@ -49,6 +55,11 @@ struct Group {
   bool final;
 };
 
+// What the host tells the kernels in memory, before the groups: also graphs can have it changed.
+struct alignas(16) Options {
+  Question question;
+};
+
 // The kernel's argument: where the table lies, then the first kInlineScalars sets of scalars.
 struct Where {
   const Row* rows;
@@ -63,7 +74,24 @@ struct Where {
   // the reciprocal of *grad_scale.
   const float* found_inf;
   const float* grad_scale;
-  unsigned* blocks_done;  // zero between launches
+  unsigned* blocks_done;  // zero between launches; the second is the norm's
+  // For what is decided when all gradients have been read (measures.h); null if nothing is.
+  const Options* options;
+  double* answer;
+  NormPart* norm_parts;  // one a chunk, as the next
+  // Null if they are not wanted: parts, and a row for each parameter.
+  StatsPart* stats_parts;
+  double* stats;
+  bool counts_skips;  // that found_inf says; those of the answer are counted
+};
+
+// The argument of the kernel that measures the gradients' norm. Those of several dtypes are launched one after the
+// other, and the last one decides.
+struct NormArgs {
+  Where at;
+  NormOptions how;
+  bool is_first, is_last;
+  float* report_inf;  // null, or where GradScaler looks for it
 };
 
 template <class Rule, class T>

@@ -8,8 +8,48 @@
 namespace fusedopt {
 namespace avx2 {
 
+struct F64 {
+  using Scalar = double;
+  using Doubles = F64;
+  static constexpr int kWidth = 4;
+  __m256d v;
+
+  F64() = default;
+  F64(__m256d x) : v(x) {}
+  explicit F64(double x) : v(_mm256_set1_pd(x)) {}
+
+  static __m256i mask(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+
+  static F64 load(const double* p) { return _mm256_loadu_pd(p); }
+  static F64 load(const double* p, int n) { return _mm256_maskload_pd(p, mask(n)); }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+  void store(double* p, int n) const { _mm256_maskstore_pd(p, mask(n), v); }
+
+  friend F64 add(F64 a, F64 b) { return _mm256_add_pd(a.v, b.v); }
+  friend F64 sub(F64 a, F64 b) { return _mm256_sub_pd(a.v, b.v); }
+  friend F64 mul(F64 a, F64 b) { return _mm256_mul_pd(a.v, b.v); }
+  friend F64 div(F64 a, F64 b) { return _mm256_div_pd(a.v, b.v); }
+  friend F64 sqrt(F64 a) { return _mm256_sqrt_pd(a.v); }
+  friend F64 fma(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
+  friend F64 neg(F64 a) { return _mm256_xor_pd(a.v, _mm256_set1_pd(-0.0)); }
+  friend F64 maximum(F64 a, F64 b) {
+    return _mm256_blendv_pd(_mm256_max_pd(a.v, b.v), _mm256_add_pd(a.v, b.v), _mm256_cmp_pd(a.v, b.v, _CMP_UNORD_Q));
+  }
+  friend F64 abs(F64 a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v); }
+  friend F64 if_equal(F64 a, F64 b, F64 yes, F64 no) {
+    return _mm256_blendv_pd(no.v, yes.v, _mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ));
+  }
+  void to_doubles(F64* out) const { *out = *this; }
+  friend F64 flush_subnormal(F64 a) {
+    const __m256d sign = _mm256_set1_pd(-0.0);
+    const __m256d small = _mm256_cmp_pd(_mm256_andnot_pd(sign, a.v), _mm256_set1_pd(0x1p-1022), _CMP_LT_OQ);
+    return _mm256_blendv_pd(a.v, _mm256_and_pd(a.v, sign), small);
+  }
+};
+
 struct F32 {
   using Scalar = float;
+  using Doubles = F64;
   static constexpr int kWidth = 8;
   __m256 v;
 
@@ -75,43 +115,18 @@ struct F32 {
   friend F32 maximum(F32 a, F32 b) {
     return _mm256_blendv_ps(_mm256_max_ps(a.v, b.v), _mm256_add_ps(a.v, b.v), _mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q));
   }
+  friend F32 abs(F32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+  friend F32 if_equal(F32 a, F32 b, F32 yes, F32 no) {
+    return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ));
+  }
+  void to_doubles(F64* out) const {
+    out[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+    out[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+  }
   friend F32 flush_subnormal(F32 a) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     const __m256 small = _mm256_cmp_ps(_mm256_andnot_ps(sign, a.v), _mm256_set1_ps(0x1p-126f), _CMP_LT_OQ);
     return _mm256_blendv_ps(a.v, _mm256_and_ps(a.v, sign), small);
-  }
-};
-
-struct F64 {
-  using Scalar = double;
-  static constexpr int kWidth = 4;
-  __m256d v;
-
-  F64() = default;
-  F64(__m256d x) : v(x) {}
-  explicit F64(double x) : v(_mm256_set1_pd(x)) {}
-
-  static __m256i mask(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
-
-  static F64 load(const double* p) { return _mm256_loadu_pd(p); }
-  static F64 load(const double* p, int n) { return _mm256_maskload_pd(p, mask(n)); }
-  void store(double* p) const { _mm256_storeu_pd(p, v); }
-  void store(double* p, int n) const { _mm256_maskstore_pd(p, mask(n), v); }
-
-  friend F64 add(F64 a, F64 b) { return _mm256_add_pd(a.v, b.v); }
-  friend F64 sub(F64 a, F64 b) { return _mm256_sub_pd(a.v, b.v); }
-  friend F64 mul(F64 a, F64 b) { return _mm256_mul_pd(a.v, b.v); }
-  friend F64 div(F64 a, F64 b) { return _mm256_div_pd(a.v, b.v); }
-  friend F64 sqrt(F64 a) { return _mm256_sqrt_pd(a.v); }
-  friend F64 fma(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
-  friend F64 neg(F64 a) { return _mm256_xor_pd(a.v, _mm256_set1_pd(-0.0)); }
-  friend F64 maximum(F64 a, F64 b) {
-    return _mm256_blendv_pd(_mm256_max_pd(a.v, b.v), _mm256_add_pd(a.v, b.v), _mm256_cmp_pd(a.v, b.v, _CMP_UNORD_Q));
-  }
-  friend F64 flush_subnormal(F64 a) {
-    const __m256d sign = _mm256_set1_pd(-0.0);
-    const __m256d small = _mm256_cmp_pd(_mm256_andnot_pd(sign, a.v), _mm256_set1_pd(0x1p-1022), _CMP_LT_OQ);
-    return _mm256_blendv_pd(a.v, _mm256_and_pd(a.v, sign), small);
   }
 };
 

@@ -8,8 +8,48 @@
 namespace fusedopt {
 namespace avx512 {
 
+struct F64 {
+  using Scalar = double;
+  using Doubles = F64;
+  static constexpr int kWidth = 8;
+  __m512d v;
+
+  F64() = default;
+  F64(__m512d x) : v(x) {}
+  explicit F64(double x) : v(_mm512_set1_pd(x)) {}
+
+  static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+
+  static F64 load(const double* p) { return _mm512_loadu_pd(p); }
+  static F64 load(const double* p, int n) { return _mm512_maskz_loadu_pd(mask(n), p); }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+  void store(double* p, int n) const { _mm512_mask_storeu_pd(p, mask(n), v); }
+
+  friend F64 add(F64 a, F64 b) { return _mm512_add_pd(a.v, b.v); }
+  friend F64 sub(F64 a, F64 b) { return _mm512_sub_pd(a.v, b.v); }
+  friend F64 mul(F64 a, F64 b) { return _mm512_mul_pd(a.v, b.v); }
+  friend F64 div(F64 a, F64 b) { return _mm512_div_pd(a.v, b.v); }
+  friend F64 sqrt(F64 a) { return _mm512_sqrt_pd(a.v); }
+  friend F64 fma(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
+  friend F64 neg(F64 a) { return _mm512_xor_pd(a.v, _mm512_set1_pd(-0.0)); }
+  friend F64 maximum(F64 a, F64 b) {
+    const __mmask8 unordered = _mm512_cmp_pd_mask(a.v, b.v, _CMP_UNORD_Q);
+    return _mm512_mask_add_pd(_mm512_max_pd(a.v, b.v), unordered, a.v, b.v);
+  }
+  friend F64 abs(F64 a) { return _mm512_abs_pd(a.v); }
+  friend F64 if_equal(F64 a, F64 b, F64 yes, F64 no) {
+    return _mm512_mask_mov_pd(no.v, _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ), yes.v);
+  }
+  void to_doubles(F64* out) const { *out = *this; }
+  friend F64 flush_subnormal(F64 a) {
+    const __mmask8 small = _mm512_cmp_pd_mask(_mm512_abs_pd(a.v), _mm512_set1_pd(0x1p-1022), _CMP_LT_OQ);
+    return _mm512_mask_and_pd(a.v, small, a.v, _mm512_set1_pd(-0.0));
+  }
+};
+
 struct F32 {
   using Scalar = float;
+  using Doubles = F64;
   static constexpr int kWidth = 16;
   __m512 v;
 
@@ -68,42 +108,17 @@ struct F32 {
     const __mmask16 unordered = _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q);
     return _mm512_mask_add_ps(_mm512_max_ps(a.v, b.v), unordered, a.v, b.v);
   }
+  friend F32 abs(F32 a) { return _mm512_abs_ps(a.v); }
+  friend F32 if_equal(F32 a, F32 b, F32 yes, F32 no) {
+    return _mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), yes.v);
+  }
+  void to_doubles(F64* out) const {
+    out[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    out[1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+  }
   friend F32 flush_subnormal(F32 a) {
     const __mmask16 small = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(0x1p-126f), _CMP_LT_OQ);
     return _mm512_mask_and_ps(a.v, small, a.v, _mm512_set1_ps(-0.0f));
-  }
-};
-
-struct F64 {
-  using Scalar = double;
-  static constexpr int kWidth = 8;
-  __m512d v;
-
-  F64() = default;
-  F64(__m512d x) : v(x) {}
-  explicit F64(double x) : v(_mm512_set1_pd(x)) {}
-
-  static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
-
-  static F64 load(const double* p) { return _mm512_loadu_pd(p); }
-  static F64 load(const double* p, int n) { return _mm512_maskz_loadu_pd(mask(n), p); }
-  void store(double* p) const { _mm512_storeu_pd(p, v); }
-  void store(double* p, int n) const { _mm512_mask_storeu_pd(p, mask(n), v); }
-
-  friend F64 add(F64 a, F64 b) { return _mm512_add_pd(a.v, b.v); }
-  friend F64 sub(F64 a, F64 b) { return _mm512_sub_pd(a.v, b.v); }
-  friend F64 mul(F64 a, F64 b) { return _mm512_mul_pd(a.v, b.v); }
-  friend F64 div(F64 a, F64 b) { return _mm512_div_pd(a.v, b.v); }
-  friend F64 sqrt(F64 a) { return _mm512_sqrt_pd(a.v); }
-  friend F64 fma(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
-  friend F64 neg(F64 a) { return _mm512_xor_pd(a.v, _mm512_set1_pd(-0.0)); }
-  friend F64 maximum(F64 a, F64 b) {
-    const __mmask8 unordered = _mm512_cmp_pd_mask(a.v, b.v, _CMP_UNORD_Q);
-    return _mm512_mask_add_pd(_mm512_max_pd(a.v, b.v), unordered, a.v, b.v);
-  }
-  friend F64 flush_subnormal(F64 a) {
-    const __mmask8 small = _mm512_cmp_pd_mask(_mm512_abs_pd(a.v), _mm512_set1_pd(0x1p-1022), _CMP_LT_OQ);
-    return _mm512_mask_and_pd(a.v, small, a.v, _mm512_set1_pd(-0.0));
   }
 };
 

@@ -9,6 +9,9 @@
 //   store(T*), store(T*, n)              one rounding, to nearest even, to the storage type T
 //   add sub mul div sqrt fma neg         one correctly rounded IEEE operation each, never contracted
 //   maximum(a, b)                        a > b ? a : b, and NaN if either is NaN (torch.maximum)
+//   abs(x)
+//   if_equal(a, b, x, y)                 a == b ? x : y
+//   to_doubles(Lane::Doubles*)           its elements as lanes of doubles
 //   flush_subnormal(x)                   |x| below the smallest normal number becomes a zero of the same sign
 //
 // Everything here has internal linkage: the file of an instruction set must not hand its code to another one.

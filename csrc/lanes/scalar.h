@@ -45,6 +45,7 @@ inline T fma_one(T a, T b, T c) {
 template <class T, int N = 8>
 struct Lane {
   using Scalar = T;
+  using Doubles = Lane<double, N>;
   static constexpr int kWidth = N;
   static constexpr T kSmallest = std::numeric_limits<T>::min();  // the smallest normal number
   T v[kWidth];
@@ -124,6 +125,15 @@ struct Lane {
       const bool unordered = a.v[k] != a.v[k] || b.v[k] != b.v[k];
       return unordered ? a.v[k] + b.v[k] : a.v[k] > b.v[k] ? a.v[k] : b.v[k];
     });
+  }
+  FUSEDOPT_HD friend Lane abs(Lane a) {
+    return each([&](int k) { return std::fabs(a.v[k]); });
+  }
+  FUSEDOPT_HD friend Lane if_equal(Lane a, Lane b, Lane yes, Lane no) {
+    return each([&](int k) { return a.v[k] == b.v[k] ? yes.v[k] : no.v[k]; });
+  }
+  FUSEDOPT_HD void to_doubles(Doubles* out) const {
+    for (int k = 0; k < kWidth; ++k) out->v[k] = static_cast<double>(v[k]);
   }
   FUSEDOPT_HD friend Lane flush_subnormal(Lane a) {
     return each([&](int k) { return std::fabs(a.v[k]) < kSmallest ? std::copysign(T(0), a.v[k]) : a.v[k]; });

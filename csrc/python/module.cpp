@@ -98,5 +98,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("optimizer"))
       .def("step", &Stepper::step)
+      .def_property_readonly("norm_is_double", &Stepper::norm_is_double)
+      .def("took_part", &Stepper::took_part)
       .def("update_captured", &Stepper::update_captured);
 }

@@ -20,12 +20,6 @@
 
 namespace fusedopt {
 
-// What GradScaler leaves on the optimizer, for one step.
-struct Unscale {
-  bool wanted = false;
-  double inv_scale = 1;
-};
-
 // One parameter group's dict, for Rule::options.
 class Group {
  public:
@@ -121,12 +115,16 @@ class RuleDriver {
   virtual int max_states() const = 0;
   virtual const char* state_name(int k) const = 0;
   virtual int num_states(int variant) const = 0;
-  virtual void begin_step(Unscale unscale) = 0;
+  virtual void begin_step() = 0;
   // Reads the options of the next group; returns the variant its rows need.
-  virtual int read_group(PyObject* dict, const char* optimizer) = 0;
+  virtual int read_group(PyObject* dict, const char* optimizer, const Context& context) = 0;
   // The scalars for a step count, in the opmath of the dtype; valid until begin_step.
   virtual const void* scalars(size_t group, double step, DType dtype) = 0;
   virtual size_t scalars_size(DType dtype) const = 0;
+  // The same for the rule Average, which depend on no step count.
+  virtual const void* average_scalars(size_t group, DType dtype, bool starts) const = 0;
+  // Clips the gradients of all scalars handed out since begin_step.
+  virtual void clip(double coefficient) = 0;
   // The device that the group's lr or another option lies on, which scalars() then cannot know; kCpu if there is none,
   // kSeveral if they lie on different ones.
   static constexpr int kSeveral = -2;
@@ -150,15 +148,19 @@ class RuleDriverOf final : public RuleDriver {
   const char* state_name(int k) const override { return Rule::kStateNames[k]; }
   int num_states(int variant) const override { return Rule::num_states(variant); }
 
-  void begin_step(Unscale unscale) override {
-    unscale_ = unscale;
-    num_groups_ = 0;
-  }
+  void begin_step() override { num_groups_ = 0; }
 
-  int read_group(PyObject* dict, const char* optimizer) override {
+  int read_group(PyObject* dict, const char* optimizer, const Context& context) override {
     Group group(dict, keys_, Rule::kKeys, optimizer, num_groups_);
     if (num_groups_ == groups_.size()) groups_.emplace_back();
     PerGroup& g = groups_[num_groups_++];
+    g.context = context;
+    for (const bool starts : {false, true}) {
+      g.average_f32[starts] = Common::scalars<float>(context, false, 0);
+      g.average_f64[starts] = Common::scalars<double>(context, false, 0);
+    }
+    g.average_f32[true].flags |= Common::kAverageStarts;
+    g.average_f64[true].flags |= Common::kAverageStarts;
     g.options = Rule::options(group);
     g.sparse_problem = Rule::sparse_problem(g.options);
     g.on_device = std::move(group.on_device);
@@ -201,6 +203,23 @@ class RuleDriverOf final : public RuleDriver {
     return &at.f32;
   }
 
+  const void* average_scalars(size_t group, DType dtype, bool starts) const override {
+    const PerGroup& g = groups_[group];
+    return dtype == DType::kFloat64 ? static_cast<const void*>(&g.average_f64[starts]) : &g.average_f32[starts];
+  }
+
+  void clip(double coefficient) override {
+    for (size_t g = 0; g < num_groups_; ++g) {
+      for (size_t i = 0; i < groups_[g].num_slots; ++i) {
+        PerStep& slot = groups_[g].slots[i];
+        slot.f32.clip = static_cast<float>(coefficient);
+        slot.f64.clip = coefficient;
+        slot.f32.flags |= Common::kClip;
+        slot.f64.flags |= Common::kClip;
+      }
+    }
+  }
+
   size_t scalars_size(DType dtype) const override {
     return dtype == DType::kFloat64 ? sizeof(typename Rule::template Scalars<double>)
                                     : sizeof(typename Rule::template Scalars<float>);
@@ -222,6 +241,7 @@ class RuleDriverOf final : public RuleDriver {
       const PerGroup& g = groups_[i];
       auto& out = reinterpret_cast<cuda::Group<Rule>*>(device_groups_.data())[i];
       out.options = g.options;
+      out.context = g.context;
       out.lr = g.lr;
       out.lr_at = g.lr_at;
       out.lr_dtype = g.lr_dtype;
@@ -251,6 +271,9 @@ class RuleDriverOf final : public RuleDriver {
     typename Rule::template Scalars<double> f64;
   };
   struct PerGroup {
+    Context context;
+    Common::Scalars<float> average_f32[2];  // [starts]
+    Common::Scalars<double> average_f64[2];
     typename Rule::Options options;
     double lr = 0;
     const char* sparse_problem = nullptr;
@@ -270,10 +293,9 @@ class RuleDriverOf final : public RuleDriver {
     const typename Rule::Corrections at_step = Rule::corrections(g.options, step);
     if (const char* problem = Rule::problem(at_step)) throw std::domain_error(problem);
     if (g.lr_is_tensor) {
-      return Rule::template scalars<T>(g.options, TensorLr{g.lr, g.lr_dtype}, at_step, unscale_.wanted,
-                                       unscale_.inv_scale);
+      return Rule::template scalars<T>(g.options, TensorLr{g.lr, g.lr_dtype}, at_step, g.context);
     }
-    return Rule::template scalars<T>(g.options, g.lr, at_step, unscale_.wanted, unscale_.inv_scale);
+    return Rule::template scalars<T>(g.options, g.lr, at_step, g.context);
   }
 
   // Which bytes of the options an option on a device belongs in: those that change when its value does.
@@ -336,14 +358,15 @@ class RuleDriverOf final : public RuleDriver {
   static inline std::deque<Corrections> corrections_;
   std::vector<const Corrections*> used_;  // by this optimizer: what others did must not change its bits
   std::vector<std::byte> device_groups_;
-  Unscale unscale_;
   std::vector<PerGroup> groups_;
   size_t num_groups_ = 0;
 };
 
 template <int id = 0, class First, class... Rest>
 std::unique_ptr<RuleDriver> make_rule_driver(RuleList<First, Rest...>, const std::string& name) {
-  if (name == First::kName) return std::make_unique<RuleDriverOf<First, id>>();
+  if constexpr (First::kCountsSteps) {
+    if (name == First::kName) return std::make_unique<RuleDriverOf<First, id>>();
+  }
   if constexpr (sizeof...(Rest) > 0) return make_rule_driver<id + 1>(RuleList<Rest...>{}, name);
   throw py::value_error("no update rule is called '" + name + "'");
 }

@@ -1,7 +1,9 @@
 #include "stepper.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <unordered_set>
 
 #include "../cpu/float_mode.h"
 #include "../cpu/run.h"
@@ -13,16 +15,19 @@ namespace fusedopt {
 struct Stepper::Entry {
   PyObject* param = nullptr;  // borrowed: compared, never followed
   uint32_t group = 0, index = 0;
-  int8_t variant = 0, num_streams = 0;
+  int8_t variant = 0, num_states = 0, num_streams = 0;  // the rule's states; all streams
   DType dtype = DType::kFloat32;
-  bool active = false;  // takes part in this step
+  Part part = Part::kNone;  // of this step
+  Part known = Part::kNone;  // what it was read for
+  bool has_ema = false;
+  bool average_starts = false;  // with the first step that is not skipped, which a device may decide
   bool in_memory = false;
   bool step_is_double = false;
   bool step_on_device = false;
   bool is_sparse = false;  // the gradient, of which sparse_ knows more
   int16_t device = kCpu;
   // Positions for PyDict_Next: of the parameter in the optimizer's state, of the tensors in the parameter's.
-  int32_t state_at = 0, step_at = 0, item_at[kMaxStates] = {};
+  int32_t state_at = 0, step_at = 0, item_at[kMaxStates + 1] = {};
 
   const Signature* signature[kMaxStreams] = {};
   const Signature* step_signature = nullptr;
@@ -138,9 +143,12 @@ class Stepper::Scan {
  public:
   py::list groups;
   py::dict state;
-  Unscale unscale;
-  // GradScaler's tensors, or None: a found_inf on a device, and a scale. Their copies on other devices.
+  Context context;
+  // GradScaler's tensors, if they are on a device, or None; their copies on other devices.
   py::object grad_scale = py::none(), found_inf = py::none();
+  float* report_inf = nullptr;
+  int report_device = kCpu;
+  bool wants_norm = false, averages = false;
   bool amp_on_device = false;
   std::vector<py::object> moved_scalars;
   struct List {
@@ -148,12 +156,16 @@ class Stepper::Scan {
     size_t first;  // the entry of its first parameter
   };
   std::vector<int> variants;       // of each group
+  std::vector<char> has_ema;       // does each group average its weights?
   std::vector<List> lists;         // of each group
   std::vector<PyObject*> written;  // the parameters of this step
   std::vector<Dirty> dirty;
   std::vector<size_t> moved_grads;
   // Parameters whose state this step made, and what was there before, null or an empty dict: put back if it fails.
   std::vector<std::pair<PyObject*, PyObject*>> made_state;
+  // States that got an average in this step; and those of them that begin with what the weights will be.
+  std::vector<PyObject*> made_averages;
+  std::unordered_set<PyObject*> starting;
   int64_t cost = 0;
   bool memory_changed = false;
   // References to every gradient and all state are held, so that the GIL may be released. A step of little work keeps
@@ -163,6 +175,7 @@ class Stepper::Scan {
 
   void begin() {
     variants.clear();
+    has_ema.clear();
     lists.clear();
     written.clear();
     dirty.clear();
@@ -183,6 +196,21 @@ class Stepper::Scan {
       const int failed = before ? PyObject_SetItem(state.ptr(), param, before) : PyObject_DelItem(state.ptr(), param);
       if (failed) PyErr_Clear();
     }
+    for (PyObject* param_state : made_averages) {
+      if (PyDict_DelItem(param_state, str_ema) != 0) PyErr_Clear();
+    }
+  }
+  PyObject* str_ema = nullptr;
+  // Runs kernels. A step of little work keeps the GIL, and so all that it has not taken references to.
+  template <class Run>
+  void without_gil(Run run) const {
+    if (!hold) return run();
+    py::gil_scoped_release release;
+    run();
+  }
+  void keep_state() {
+    made_state.clear();
+    made_averages.clear();
   }
 };
 
@@ -190,7 +218,8 @@ Stepper::Stepper(const std::string& rule, std::string optimizer)
     : rule_(make_rule_driver(Rules{}, rule)),
       optimizer_(std::move(optimizer)),
       str_step_(PyUnicode_InternFromString("step")),
-      str_params_(PyUnicode_InternFromString("params")) {
+      str_params_(PyUnicode_InternFromString("params")),
+      str_ema_(PyUnicode_InternFromString("ema")) {
   for (int k = 0; k < rule_->max_states(); ++k) state_names_[k] = PyUnicode_InternFromString(rule_->state_name(k));
 }
 
@@ -212,12 +241,21 @@ ParamName Stepper::name(const Entry& entry, const Scan& scan) const {
 // Without a look at the entry, which costs a cache line, where none ever was.
 bool Stepper::is_sparse(size_t n) const { return !sparse_.empty() && entries_[n].is_sparse; }
 
-const TensorRow& Stepper::written_row(size_t n) const { return is_sparse(n) ? sparse_.at(n).written : rows_[n]; }
+const TensorRow& Stepper::written_row(size_t n) const {
+  if (!averages_.empty() && entries_[n].known == Part::kAverage) return averages_.at(n).row;
+  return is_sparse(n) ? sparse_.at(n).written : rows_[n];
+}
 const TensorRow& Stepper::grad_row(size_t n) const { return is_sparse(n) ? sparse_.at(n).grad_memory : rows_[n]; }
+
+PyObject* Stepper::stream_name(const Entry& entry, int k) const {
+  return k == entry.num_states ? str_ema_ : state_names_[k];
+}
 
 // Is nothing about the parameter and its state other than at its last step?
 bool Stepper::unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const {
-  if (entry.param != param || entry.variant != scan->variants[entry.group] || !entry.signature[kParam]) return false;
+  if (entry.param != param || !entry.signature[kParam] || entry.has_ema != static_cast<bool>(scan->has_ema[entry.group]))
+    return false;
+  if (entry.known == Part::kStep && entry.variant != scan->variants[entry.group]) return false;
   std::byte* data;
   const auto still = [&](const Signature* signature, PyObject* tensor, const std::byte* where) {
     if (!tensor || !is_tensor(tensor) || !signature->matches(records::of(tensor), &data) || data != where) return false;
@@ -230,7 +268,7 @@ bool Stepper::unchanged(const Entry& entry, const TensorRow& row, PyObject* para
   if (!param_state || !PyDict_Check(param_state)) return false;
   if (!still(entry.step_signature, value_at(param_state, entry.step_at, str_step_), entry.step)) return false;
   for (int k = 0; k < entry.num_streams - kState; ++k) {
-    PyObject* tensor = value_at(param_state, entry.item_at[k], state_names_[k]);
+    PyObject* tensor = value_at(param_state, entry.item_at[k], stream_name(entry, k));
     if (!still(entry.signature[kState + k], tensor, row.data[kState + k])) return false;
   }
   return true;
@@ -242,10 +280,16 @@ Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* para
   Entry& entry = entries_[n];
   TensorRow& row = rows_[n];
   // What does not change is not written: its cache line would leave the other thread's processor.
-  const auto sits_out = [&] {
-    if (entry.active) entry.active = false;
-    if (row.scalars) row.scalars = nullptr;
-    return Look::kNoGrad;
+  const auto takes = [&](Part part) {
+    if (entry.part != part) entry.part = part;
+    if (part != Part::kStep && row.scalars) row.scalars = nullptr;
+  };
+  const auto without_grad = [&] {
+    if (!scan->has_ema[group]) return takes(Part::kNone), Look::kSitsOut;
+    takes(Part::kAverage);
+    if (grad) *grad = Py_None;
+    if (entry.known != Part::kAverage || !unchanged(entry, averages_.at(n).row, param, scan)) return Look::kChanged;
+    return Look::kUnchanged;
   };
   if (entry.group != group || entry.index != index) {
     entry.param = nullptr;
@@ -255,18 +299,18 @@ Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* para
   const char* grad_record = nullptr;
   if (records::available() && is_plain_tensor(param)) {
     grad_record = records::of_grad(param);
-    if (!grad_record) return sits_out();
+    if (!grad_record) return without_grad();
     if (scan->hold) *grad = scan->hold_grad(param);
   } else {
     if (!scan->hold) return Look::kChanged;
     if (!is_tensor(param)) fail(name(entry, *scan), "the parameter", "is not a tensor");
     *grad = scan->hold_grad(param);
-    if (*grad == Py_None) return sits_out();
+    if (*grad == Py_None) return without_grad();
     if (records::available() && is_tensor(*grad)) grad_record = records::of(*grad);
   }
-  if (!entry.active) entry.active = true;
+  takes(Part::kStep);
   std::byte* data;
-  if (!grad_record || !unchanged(entry, row, param, scan)) return Look::kChanged;
+  if (!grad_record || entry.known != Part::kStep || !unchanged(entry, row, param, scan)) return Look::kChanged;
   if (!entry.signature[kGrad]->matches(grad_record, &data)) return Look::kChanged;
   if (entry.device != kCpu && reinterpret_cast<uintptr_t>(data) % itemsize(entry.dtype) != 0) return Look::kChanged;
   if (data != row.data[kGrad]) row.data[kGrad] = data;
@@ -278,6 +322,7 @@ Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* para
 void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   Entry& entry = entries_[dirty.entry];
   TensorRow& row = rows_[dirty.entry];
+  if (entry.param != dirty.param) entry.average_starts &= scan->starting.count(dirty.param) != 0;
   const ParamName who = name(entry, *scan);
   Streams streams;
   std::string why;
@@ -319,7 +364,8 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   if (inference && !py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>())
     fail(who, "the parameter", "is an inference tensor and cannot be updated outside torch.inference_mode(); clone it");
   const TensorRow before = written_row(dirty.entry);
-  const bool is_sparse = is_tensor(dirty.grad) && py::handle(dirty.grad).attr("is_sparse").cast<bool>();
+  const bool has_grad = dirty.grad != Py_None, has_ema = scan->has_ema[entry.group];
+  const bool is_sparse = has_grad && is_tensor(dirty.grad) && py::handle(dirty.grad).attr("is_sparse").cast<bool>();
   SparseRow* const sparse = is_sparse ? &sparse_[dirty.entry] : nullptr;
   PyObject* grad = nullptr;
   if (is_sparse) {
@@ -329,19 +375,23 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
       scan->held.take(part.release().ptr());
     streams.view[kGrad] = sparse->values();
     must_have_same_type(kGrad, "the gradient");
-  } else {
+  } else if (has_grad) {
     grad = read(kGrad, dirty.grad, "the gradient", true);
     must_match(kGrad, "the gradient");
+  } else {
+    streams.view[kGrad] = streams.view[kParam];
   }
   if (!param_state) return;
 
   const int variant = is_sparse ? rule_->sparse_variant() : scan->variants[entry.group];
-  const int num_states = rule_->num_states(variant);
+  const int num_states = has_grad ? rule_->num_states(variant) : 0;
   PyObject* tensors[kMaxStreams] = {dirty.param, grad};
-  streams.count = kState + num_states;
-  for (int k = 0; k < num_states; ++k) {
-    const std::string what = std::string("state '") + rule_->state_name(k) + "'";
-    PyObject* tensor = find_value(param_state, state_names_[k], 0, &entry.item_at[k]);
+  streams.count = kState + num_states + has_ema;
+  entry.num_states = static_cast<int8_t>(num_states);
+  for (int k = 0; k < streams.count - kState; ++k) {
+    PyObject* const key = stream_name(entry, k);
+    const std::string what = std::string("state '") + (key == str_ema_ ? "ema" : rule_->state_name(k)) + "'";
+    PyObject* tensor = find_value(param_state, key, 0, &entry.item_at[k]);
     if (!tensor)
       fail(who, what,
            "is missing: was the option that needs it switched on, or another optimizer's state "
@@ -367,8 +417,17 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
              "'; move it there, or to the CPU");
   }
 
-  std::unique_ptr<Layout> layout = is_sparse ? sparse->plan(streams, &row) : plan_row(streams, &row);
+  std::unique_ptr<Layout> layout;
+  if (has_ema && (is_sparse || !has_grad)) {
+    const int ema = streams.count - 1;
+    plan_average(dirty.entry, streams.view[kParam], streams.view[ema]);
+    const Layout* planned = averages_.at(dirty.entry).layout.get();
+    if (!has_grad && planned) layout = std::make_unique<Layout>(*planned);  // to be compared with
+  }
+  if (has_grad) layout = is_sparse ? sparse->plan(streams, &row) : plan_row(streams, &row);
   entry.is_sparse = is_sparse;
+  entry.has_ema = has_ema;
+  entry.known = has_grad ? Part::kStep : Part::kAverage;
   const TensorRow& written = written_row(dirty.entry);
   bool moved = !entry.in_memory || !same_written_layout(entry.layout.get(), layout.get(), streams.count) ||
                entry.step != step.data || before.numel != written.numel || entry.variant != variant ||
@@ -387,15 +446,17 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   entry.step_on_device = step.device != kCpu;
   entry.device = static_cast<int16_t>(device);
   entry.step_signature = Signature::of(step_tensor, step);
-  bool signed_all = entry.step_signature != nullptr && grad != nullptr;
+  bool signed_all = entry.step_signature != nullptr && (grad != nullptr || !has_grad);
   for (int k = 0; k < streams.count; ++k) {
     entry.signature[k] = tensors[k] ? Signature::of(tensors[k], streams.view[k]) : nullptr;
-    signed_all &= entry.signature[k] != nullptr;
+    signed_all &= entry.signature[k] != nullptr || (k == kGrad && !has_grad);
   }
   // What may be updated depends on the mode for an inference tensor: never taken the quick way.
   if (!signed_all || inference || !records::available()) entry.signature[kParam] = nullptr;
+  if (!has_grad) return;
   if (!is_sparse) row.layout = entry.layout.get();
   row.update = device == kCpu ? target_->find(rule_->id(), variant, entry.dtype) : nullptr;
+  row.measure = device == kCpu ? target_->find_norm(entry.dtype) : nullptr;
   const std::byte *from, *to;
   const TensorRow& grad_memory = grad_row(dirty.entry);
   stream_extent(grad_memory, kGrad, itemsize(entry.dtype), &from, &to);
@@ -403,14 +464,31 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   if (!entry.gap.holds(from, to)) scan->moved_grads.push_back(dirty.entry);
 }
 
+// The row of the moving average alone.
+void Stepper::plan_average(size_t n, const TensorView& param, const TensorView& ema) {
+  AverageRow& average = averages_[n];
+  Streams streams;
+  streams.count = kState + 1;
+  streams.view[kParam] = streams.view[kGrad] = param;  // there is none: its place is not read
+  streams.view[kState] = ema;
+  average.row = {};
+  average.layout = plan_row(streams, &average.row);
+  average.row.layout = average.layout.get();
+}
+
 void Stepper::read_options(Scan* scan) {
   PyObject* groups = scan->groups.ptr();
-  rule_->begin_step(scan->unscale);
+  rule_->begin_step();
+  phase_.begin();
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* group = PyList_GET_ITEM(groups, g);
     if (!PyDict_Check(group)) throw py::type_error(optimizer_ + ": param_groups must be a list of dicts");
     scan->held.keep(group);
-    scan->variants.push_back(rule_->read_group(group, optimizer_.c_str()));
+    phase_.read_group(group, optimizer_.c_str());
+    scan->context.has_ema = phase_.has_ema();
+    scan->context.ema_decay = phase_.ema_decay();
+    scan->has_ema.push_back(phase_.has_ema());
+    scan->variants.push_back(rule_->read_group(group, optimizer_.c_str(), scan->context));
   }
 }
 
@@ -452,15 +530,17 @@ bool Stepper::scan_quickly(Scan* scan, int max_threads) {
   });
   if (changed) return false;
   for (size_t n = 0; n < entries_.size(); ++n) {
-    if (looks_[n] != Look::kNoGrad) take_part(n, entries_[n].param, looks_[n], scan);
+    if (looks_[n] != Look::kSitsOut) take_part(n, entries_[n].param, looks_[n], scan);
   }
   return scan->cost <= kReleaseCost;
 }
 
-// Notes a parameter with a gradient.
+// Notes a parameter that takes part in the step.
 void Stepper::take_part(size_t n, PyObject* param, Look found, Scan* scan) {
-  scan->written.push_back(param);
-  if (entries_[n].device == kCpu) scan->cost += rows_[n].numel;
+  if (entries_[n].part == Part::kStep) {
+    scan->written.push_back(param);
+    if (entries_[n].device == kCpu) scan->cost += rows_[n].numel;
+  }
   scan->memory_changed |= !entries_[n].in_memory;
   if (found == Look::kGradMoved) scan->moved_grads.push_back(n);
 }
@@ -478,7 +558,7 @@ void Stepper::scan_holding(Scan* scan) {
       PyObject *param = PyList_GET_ITEM(params, n - first), *grad = nullptr;
       scan->held.keep(param);
       const Look found = look(n, g, n - first, param, scan, &grad);
-      if (found == Look::kNoGrad) continue;
+      if (found == Look::kSitsOut) continue;
       take_part(n, param, found, scan);
       if (found == Look::kChanged) scan->dirty.push_back({n, param, grad});
     }
@@ -487,7 +567,7 @@ void Stepper::scan_holding(Scan* scan) {
 
 // Reads the parameters that changed anew. If some have no state, checks the rest of them all the same, then makes it
 // and returns false: that ran users' code perhaps, and the scan must begin anew.
-bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
+bool Stepper::refresh_dirty(py::handle optimizer, Scan* scan) {
   py::list missing;
   std::vector<Dirty> without_state;
   Py_ssize_t next = 0;  // where the next parameter's state is likely to be
@@ -498,11 +578,23 @@ bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
     if (param_state && !PyDict_Check(param_state)) fail(name(entry, *scan), "the state", "must be a dict");
     if (param_state && PyDict_GET_SIZE(param_state) == 0) param_state = nullptr;
     if (param_state) scan->held.keep(param_state);  // a torch mode's code may run below
-    refresh(dirty, param_state, scan);
-    if (param_state) continue;
-    const int num_states = rule_->num_states(scan->variants[entry.group]);
-    py::tuple names(num_states);
-    for (int k = 0; k < num_states; ++k) names[k] = py::reinterpret_borrow<py::object>(state_names_[k]);
+    bool lacks_ema = scan->has_ema[entry.group];
+    if (lacks_ema && param_state) {
+      lacks_ema = PyDict_GetItemWithError(param_state, str_ema_) == nullptr;
+      if (PyErr_Occurred()) throw py::error_already_set();
+    }
+    if (lacks_ema && dirty.grad == Py_None) {  // it is what the parameter is, until that moves
+      entry.part = Part::kNone;
+      continue;
+    }
+    refresh(dirty, lacks_ema ? nullptr : param_state, scan);
+    if (param_state && !lacks_ema) continue;
+    py::list names;
+    if (!param_state) {
+      names.append(py::handle(str_step_));
+      for (int k = 0; k < rule_->num_states(scan->variants[entry.group]); ++k) names.append(py::handle(state_names_[k]));
+    }
+    if (lacks_ema) names.append(py::handle(str_ema_));
     missing.append(
         py::make_tuple(py::handle(dirty.param), names, py::handle(PyList_GET_ITEM(scan->groups.ptr(), entry.group))));
     without_state.push_back(dirty);
@@ -520,11 +612,25 @@ bool Stepper::refresh_dirty(const py::function& new_states, Scan* scan) {
     }
   }
 
-  const py::list made = new_states(missing);
+  const py::tuple answer = optimizer.attr("_new_states")(missing);
+  const py::list made = answer[0];
+  const bool starts = answer[1].cast<bool>();  // no parameter has an average yet
+  scan->str_ema = str_ema_;
   for (size_t i = 0; i < without_state.size(); ++i) {
     PyObject* param = without_state[i].param;
     PyObject* before = PyDict_GetItemWithError(scan->state.ptr(), param);
     if (before) scan->held.keep(before);
+    Entry& entry = entries_[without_state[i].entry];
+    if (starts && scan->has_ema[entry.group]) {
+      scan->starting.insert(param);
+      entry.average_starts = before == nullptr || !PyDict_Check(before) || PyDict_GET_SIZE(before) == 0;
+    }
+    const py::dict one = made[i];
+    if (!one.contains(py::handle(str_step_))) {
+      if (PyDict_SetItem(before, str_ema_, py::object(one["ema"]).ptr()) != 0) throw py::error_already_set();
+      scan->made_averages.push_back(before);
+      continue;
+    }
     scan->made_state.emplace_back(param, before);
     if (PyObject_SetItem(scan->state.ptr(), param, made[i].ptr()) != 0) throw py::error_already_set();
   }
@@ -537,7 +643,10 @@ void Stepper::check_memory(Scan* scan) {
   const auto what = [&](const WrittenMemory::Region& region) {
     if (region.stream == kParam) return std::string("the parameter");
     const bool is_step = region.stream == WrittenMemory::kStepCount;
-    return "state '" + std::string(is_step ? "step" : rule_->state_name(region.stream - kState)) + "'";
+    if (is_step) return std::string("state 'step'");
+    const Entry& entry = entries_[region.owner];
+    const int k = region.stream - kState;
+    return "state '" + std::string(k == entry.num_states ? "ema" : rule_->state_name(k)) + "'";
   };
   const auto where = [&](const WrittenMemory::Region& region) {
     const Entry& entry = entries_[region.owner];
@@ -549,8 +658,8 @@ void Stepper::check_memory(Scan* scan) {
     for (size_t n = 0; n < entries_.size(); ++n) {
       Entry& entry = entries_[n];
       entry.gap = {};
-      entry.in_memory = entry.active;
-      if (!entry.active) continue;
+      entry.in_memory = entry.part != Part::kNone;
+      if (!entry.in_memory) continue;
       memory_.add(written_row(n), entry.num_streams, itemsize(entry.dtype), n);
       memory_.add_step_count(entry.step, entry.step_is_double ? 8 : 4, n);
     }
@@ -590,35 +699,51 @@ void Stepper::check_memory(Scan* scan) {
   // What is known may be out of date for parameters that sit this step out: look anew before complaining.
   if (!scan->memory_changed && check_grads(scan->moved_grads, true)) return;
   rebuild();
-  std::vector<size_t> active;
+  std::vector<size_t> with_grads;
   for (size_t n = 0; n < entries_.size(); ++n) {
-    if (entries_[n].active) active.push_back(n);
+    if (entries_[n].part == Part::kStep) with_grads.push_back(n);
   }
-  check_grads(active, false);
+  check_grads(with_grads, false);
 }
 
-Stepper::OnDevice& Stepper::on_device(int device, DType dtype) {
+Stepper::OnDevice& Stepper::on_device(int device, DType dtype, int rule) {
   for (const auto& known : tables_) {
-    if (known->device == device && known->dtype == dtype) return *known;
+    if (known->device == device && known->dtype == dtype && known->rule == rule) return *known;
   }
   tables_.push_back(std::make_unique<OnDevice>());
   tables_.back()->device = device;
+  tables_.back()->rule = rule;
   tables_.back()->dtype = dtype;
   return *tables_.back();
 }
 
-cuda::StepInfo Stepper::step_info(int device, DType dtype, bool counts_there, Scan* scan) {
+cuda::StepInfo Stepper::step_info(int rule, int device, DType dtype, bool counts_there, Scan* scan) {
   cuda::StepInfo info{};
-  info.rule = rule_->id();
+  const bool is_average = rule == kAverageRule;
+  const size_t common_size = dtype == DType::kFloat64 ? sizeof(Common::Scalars<double>) : sizeof(Common::Scalars<float>);
+  info.rule = rule;
   info.dtype = dtype;
-  info.scalars_size = rule_->scalars_size(dtype);
+  info.scalars_size = is_average ? common_size : rule_->scalars_size(dtype);
   info.device = device;
   info.stream = current_stream(device);
   info.capturing = cuda::runtime()->is_capturing(info.stream);
-  if (!counts_there) return info;
-  const std::vector<std::byte>& groups = rule_->device_groups(device);
-  info.groups = groups.data();
-  info.groups_size = groups.size();
+  info.answer = answer_.device == device ? answer_.at : nullptr;
+  info.norm = scan->wants_norm && !is_average;
+  info.how = {scan->context.unscale != 0, scan->context.inv_scale, phase_.infinity_norm() || norm_is_double_};
+  info.report_inf = scan->report_inf;
+  info.stats = phase_.wants_stats() && !is_average && stats_.device == device ? stats_.at : nullptr;
+  info.full = scan->wants_norm || info.stats || is_average || scan->averages;
+  // A decision is made before the averages' launch too.
+  if (is_average && scan->wants_norm) info.norm = true;
+  const cuda::Options options = {question_of(*scan, norm_is_double_)};
+  options_.assign(sizeof options, std::byte{0});
+  std::memcpy(options_.data(), &options, sizeof options);
+  if (counts_there) {
+    const std::vector<std::byte>& groups = rule_->device_groups(device);
+    options_.insert(options_.end(), groups.begin(), groups.end());
+  }
+  info.options = options_.data();
+  info.options_size = options_.size();
   const auto there = [&](py::object tensor, const char* what) -> const float* {
     if (tensor.is_none()) return nullptr;
     TensorView view = read_scalar(tensor, optimizer_, what);
@@ -648,11 +773,16 @@ int64_t Stepper::prepare_rows(Scan* scan) {
   const Entry* last = nullptr;
   double last_step = 0;
   const void* scalars = nullptr;
+  norm_is_double_ = false;
   for (size_t n = 0; n < entries_.size(); ++n) {
     Entry& entry = entries_[n];
     TensorRow& row = rows_[n];
     if (row.start != cost) row.start = cost;
-    if (!entry.active) continue;
+    if (entry.part != Part::kStep) continue;
+    const bool starts = !scan->starting.empty() && scan->starting.count(entry.param);
+    const Ema ema = !entry.has_ema || entry.is_sparse ? Ema::kNone : starts ? Ema::kCopy : Ema::kMove;
+    if (row.ema != ema) row.ema = ema;
+    norm_is_double_ |= entry.dtype == DType::kFloat64;
     if (group != entry.group) {
       group = entry.group;
       options_device = rule_->options_device(group);
@@ -664,6 +794,10 @@ int64_t Stepper::prepare_rows(Scan* scan) {
                  "', but its group has an lr or beta on another GPU; move it there, "
                  "or give numbers or CPU tensors");
     } else {
+      if (entry.device != kCpu && (phase_.skips() || scan->report_inf))
+        fail(name(entry, *scan), "its step count",
+             "is on the CPU, but the GPU decides whether this step is skipped: move state['step'] there (an optimizer "
+             "made with skip_nonfinite=True, fused=True or capturable=True keeps it there)");
       if (scan->amp_on_device)
         fail(name(entry, *scan), "its step count",
              "is on the CPU, but GradScaler's tensors are on a GPU: move state['step'] there, or make the optimizer "
@@ -686,15 +820,24 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     }
     if (row.scalars) row.scalars = nullptr;  // not the CPU's
     if (!there || there->device != entry.device || there->dtype != entry.dtype)
-      there = &on_device(entry.device, entry.dtype);
+      there = &on_device(entry.device, entry.dtype, rule_->id());
     if (!entry.step_on_device) there->host_counted = &entry;
+    scan->averages |= row.ema != Ema::kNone;
     there->table.add(row, {entry.step_on_device ? nullptr : scalars, static_cast<int32_t>(entry.group), entry.variant,
-                           entry.step_is_double, entry.step_on_device ? entry.step : nullptr});
+                           entry.step_is_double, entry.step_on_device ? entry.step : nullptr, static_cast<int32_t>(n),
+                           entry.average_starts});
   }
+  const bool norm = scan->wants_norm, stats = phase_.wants_stats();
+  if (norm || stats || has_parts_) place_parts(norm, stats);
+  return cost;
+}
+
+// Makes the tables of the devices ready. All that can fail of them but the launches.
+void Stepper::prepare_tables(Scan* scan, int64_t cost) {
   for (const auto& known : tables_) {
     if (known->table.empty()) continue;
     const TorchDevice current(known->device);
-    const cuda::StepInfo info = step_info(known->device, known->dtype, known->table.on_device(), scan);
+    const cuda::StepInfo info = step_info(known->rule, known->device, known->dtype, known->table.on_device(), scan);
     if (info.capturing && known->host_counted)
       fail(
           name(*known->host_counted, *scan), "its step count",
@@ -704,7 +847,31 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     known->table.prepare(info, refreshed_);
   }
   refreshed_ = false;
-  return cost;
+}
+
+// The steps of all devices. What is decided by all gradients comes first, by their dtypes in order; averages of what a
+// step writes come last.
+void Stepper::launch_tables(const Scan& scan) {
+  std::vector<OnDevice*> of_rule, of_average;
+  for (const auto& known : tables_) {
+    if (!known->table.empty()) (known->rule == kAverageRule ? of_average : of_rule).push_back(known.get());
+  }
+  const auto by_dtype = [](const OnDevice* a, const OnDevice* b) { return a->dtype < b->dtype; };
+  if (of_rule.size() > 1) std::stable_sort(of_rule.begin(), of_rule.end(), by_dtype);
+  if (scan.wants_norm) {
+    for (OnDevice* table : of_rule) {
+      const TorchDevice current(table->device);
+      table->table.launch_norm(table == of_rule.front(), table == of_rule.back());
+    }
+  }
+  for (OnDevice* table : of_rule) {
+    const TorchDevice current(table->device);
+    table->table.launch(table == of_rule.front() && answer_.at && !scan.wants_norm && !scan.found_inf.is_none());
+  }
+  for (OnDevice* table : of_average) {
+    const TorchDevice current(table->device);
+    table->table.launch(false);
+  }
 }
 
 void Stepper::update_captured(py::list param_groups) {
@@ -715,42 +882,206 @@ void Stepper::update_captured(py::list param_groups) {
   read_options(&scan);
   for (const auto& known : tables_) {
     const TorchDevice current(known->device);
-    known->table.update_captured(step_info(known->device, known->dtype, true, &scan));
+    if (known->rule == rule_->id())
+      known->table.update_captured(step_info(known->rule, known->device, known->dtype, true, &scan));
   }
 }
 
-int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
-                      py::object found_inf, int max_threads) {
+// Finds the tensors of the optimizer that the step writes beside parameters and state. False if one was made: that ran
+// users' code perhaps, and the scan must begin anew.
+bool Stepper::find_buffers(py::handle optimizer, Scan* scan) {
+  const bool wants_answer = scan->wants_norm || !scan->found_inf.is_none();
+  if (!wants_answer && !phase_.wants_stats()) return true;
+  const Entry* first = nullptr;
+  for (const Entry& entry : entries_) {
+    if (entry.part != Part::kStep) continue;
+    if (!first) first = &entry;
+    if (first->device == entry.device || (!scan->wants_norm && !phase_.wants_stats())) continue;
+    fail(name(entry, *scan), "the parameter",
+         "is on '" + device_name(entry.device) + "' and another on '" + device_name(first->device) +
+             "': max_grad_norm, skip_nonfinite, stats and fusedopt.GradScaler need all on one device; make an optimizer "
+             "for each");
+  }
+  if (!first) return true;
+  const int device = first->device;
+  const auto has = [&](const Buffer& buffer, int64_t size) {
+    return buffer.tensor && buffer.device == device && buffer.size == size;
+  };
+  const int64_t stats_size = static_cast<int64_t>(entries_.size()) * kStatsSize;
+  bool found = true;
+  if (wants_answer && !has(answer_, kAnswerSize)) {
+    find_buffer(optimizer, "answer", kAnswerSize, device, &answer_);
+    found = false;
+  }
+  if (phase_.wants_stats() && !has(stats_, stats_size)) {
+    find_buffer(optimizer, "stats", stats_size, device, &stats_);
+    found = false;
+  }
+  return found;
+}
+
+void Stepper::find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer) {
+  *buffer = {};
+  py::object tensor = optimizer.attr("_buffer")(what, size, torch_device(device));
+  TensorView view;
+  std::string why;
+  if (!read_tensor(tensor.ptr(), &view, &why)) throw std::runtime_error(optimizer_ + ": " + what + " " + why);
+  *buffer = {std::move(tensor), device, size, reinterpret_cast<double*>(view.data)};
+}
+
+// Says where each row of the host writes its parts.
+void Stepper::place_parts(bool norm, bool stats) {
+  int64_t count = 0;
+  for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
+    const int64_t before = count;
+    for (size_t n = 0; n < entries_.size(); ++n) {
+      if (entries_[n].part != Part::kStep || !rows_[n].scalars || static_cast<int>(entries_[n].dtype) != dtype) continue;
+      rows_[n].norm = norm ? norm_parts_.data() + count : nullptr;
+      rows_[n].stats = stats ? stats_parts_.data() + count : nullptr;
+      count += (rows_[n].numel + kPart - 1) / kPart;
+    }
+    num_parts_[dtype] = count - before;
+  }
+  const bool enough = (!norm || norm_parts_.size() >= static_cast<size_t>(count)) &&
+                      (!stats || stats_parts_.size() >= static_cast<size_t>(count));
+  has_parts_ = norm || stats;
+  if (enough) return;
+  if (norm) norm_parts_.resize(count);
+  if (stats) stats_parts_.resize(count);
+  place_parts(norm, stats);  // elsewhere
+}
+
+// The moving averages that are not moved beside an update. Returns their cost.
+int64_t Stepper::prepare_averages(Scan* scan) {
+  average_rows_.clear();
+  int64_t cost = 0;
+  for (const auto& [n, average] : averages_) {
+    const Entry& entry = entries_[n];
+    if (!entry.has_ema || !(entry.part == Part::kAverage || (entry.part == Part::kStep && entry.is_sparse))) continue;
+    TensorRow row = average.row;
+    const bool starts = scan->starting.count(entry.param) != 0;
+    row.scalars = rule_->average_scalars(entry.group, entry.dtype, starts);
+    if (entry.device != kCpu) {
+      OnDevice& there = on_device(entry.device, entry.dtype, kAverageRule);
+      there.table.add(row, {row.scalars, static_cast<int32_t>(entry.group), 0, false, nullptr});
+      continue;
+    }
+    row.update = target_->find(kAverageRule, 0, entry.dtype);
+    row.start = cost;
+    cost += row.numel + kRowCost;
+    average_rows_.push_back(row);
+  }
+  return cost;
+}
+
+// Measures the gradients of the host and decides what depends on all of them. True: the step is to be skipped.
+bool Stepper::is_to_be_skipped(Scan* scan, int64_t cost, int max_threads) {
+  if (!scan->wants_norm || !answer_.at || answer_.device != kCpu) return false;
+  const Question question = question_of(*scan, norm_is_double_);
+  const NormOptions options = {scan->context.unscale != 0, scan->context.inv_scale, question.largest};
+  scan->without_gil([&] {
+    measure_rows(rows_.data(), static_cast<int64_t>(rows_.size()), options, cost, max_threads);
+  });
+  NormPart all = {0, 0};
+  const NormPart* parts = norm_parts_.data();
+  for (const int64_t count : num_parts_) {
+    all = combine(all, total(parts, count));
+    parts += count;
+  }
+  answer_.at[kSum] = all.sum;
+  answer_.at[kLargest] = all.largest;
+  decide(question, false, answer_.at, scan->report_inf);
+  if (answer_.at[kSkip] != 0) return true;
+  if (phase_.clips()) rule_->clip(answer_.at[kClip]);
+  return false;
+}
+
+// What is to be decided when all gradients have been read.
+Question Stepper::question_of(const Scan& scan, bool any_double) const {
+  Question question{};
+  question.max_norm = phase_.max_grad_norm();
+  question.infinity_norm = phase_.infinity_norm();
+  question.largest = phase_.infinity_norm() || any_double;  // a sum of squares of doubles may overflow without an inf
+  question.is_double = any_double;
+  question.clip = phase_.clips();
+  question.skip = phase_.skips() || scan.report_inf;
+  return question;
+}
+
+// Statistics of a step that was skipped: rows walk as ever, but nothing moves.
+void Stepper::run_paused(Scan* scan, int64_t cost, int max_threads) {
+  const auto set_rule = [&](bool paused) {
+    for (size_t n = 0; n < entries_.size(); ++n) {
+      const Entry& entry = entries_[n];
+      if (entry.part != Part::kStep || entry.device != kCpu) continue;
+      const int variant = !paused ? entry.variant : entry.is_sparse ? Pause::kSparseVariant : 0;
+      rows_[n].update = target_->find(paused ? kPauseRule : rule_->id(), variant, entry.dtype);
+      if (paused) rows_[n].ema = Ema::kNone;
+    }
+  };
+  set_rule(true);
+  scan->without_gil([&] { run_rows(rows_.data(), static_cast<int64_t>(rows_.size()), cost, max_threads); });
+  set_rule(false);
+  finish_stats();
+}
+
+// Writes the statistics of the host's rows to their tensor.
+void Stepper::finish_stats() {
+  for (size_t n = 0; n < entries_.size(); ++n) {
+    double* const out = stats_.at + n * kStatsSize;
+    const Entry& entry = entries_[n];
+    StatsPart all{};
+    if (entry.part != Part::kStep) continue;
+    for (int64_t i = 0; i < rows_[n].numel; i += kPart) all = combine(all, rows_[n].stats[i / kPart]);
+    write_stats(all, entry.dtype == DType::kFloat64, out);
+  }
+}
+
+std::vector<bool> Stepper::took_part() const {
+  std::vector<bool> parts(entries_.size());
+  for (size_t n = 0; n < entries_.size(); ++n) parts[n] = entries_[n].part == Part::kStep;
+  return parts;
+}
+
+int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict state, py::object grad_scale,
+                      py::object found_inf, py::object report_inf, int max_threads) {
   const Busy busy(this);
   const FloatMode mode;  // the scalars too are computed in the default modes
-  Unscale unscale;
   Scan scan;
-  if (!found_inf.is_none()) {
+  const bool has_verdict = !found_inf.is_none();
+  if (has_verdict) {
     const TensorView view = read_scalar(found_inf, optimizer_, "found_inf");
     if (view.device != kCpu) {
       scan.found_inf = std::move(found_inf);
       scan.amp_on_device = true;
     } else if (view.first() != 0) {
+      if (!answer_.at || answer_.device != kCpu) find_buffer(optimizer, "answer", kAnswerSize, kCpu, &answer_);
+      answer_.at[kSkip] = 1;
+      answer_.at[kSkippedSteps] += 1;
       return 0;
     }
   }
   if (!grad_scale.is_none()) {
     const TensorView view = read_scalar(grad_scale, optimizer_, "grad_scale");
-    scan.grad_scale = std::move(grad_scale);
     if (view.device != kCpu) {
+      scan.grad_scale = std::move(grad_scale);
       scan.amp_on_device = true;
     } else {
       // The reciprocal in double, rounded to float: what GradScaler.unscale_ multiplies by.
-      unscale.wanted = true;
-      unscale.inv_scale = static_cast<float>(1.0 / view.first());
+      scan.context.unscale = true;
+      scan.context.inv_scale = static_cast<float>(1.0 / view.first());
     }
+  }
+  if (!report_inf.is_none()) {
+    const TensorView view = read_scalar(report_inf, optimizer_, "found_inf");
+    scan.report_inf = reinterpret_cast<float*>(view.data);
+    scan.report_device = view.device;
   }
 
   scan.memory_changed = !memory_checked_;
   memory_checked_ = false;
   scan.groups = std::move(param_groups);
   scan.state = std::move(state);
-  scan.unscale = unscale;
   scan.hold = last_cost_ > kReleaseCost;
   scan.held.reserve(scan.hold ? entries_.size() * 6 : 0);
   scan.written.reserve(entries_.size());
@@ -758,44 +1089,50 @@ int64_t Stepper::step(py::list param_groups, py::dict state, py::function new_st
     target_ = &current_target();
     for (Entry& entry : entries_) entry.param = nullptr;
   }
-  int64_t cost = 0;
+  int64_t cost = 0, average_cost = 0;
   {
     const NoCollection no_collection;
     for (;;) {
       scan.begin();
       read_groups(&scan);
-      if (!scan.hold) {
-        if (scan_quickly(&scan, useful_threads(last_cost_, max_threads))) break;
+      scan.wants_norm = phase_.clips() || scan.report_inf || (phase_.skips() && !has_verdict);
+      if (scan.hold) {
+        scan_holding(&scan);
+        if (!refresh_dirty(optimizer, &scan)) continue;
+      } else if (!scan_quickly(&scan, useful_threads(last_cost_, max_threads))) {
         scan.hold = true;
         continue;
       }
-      scan_holding(&scan);
-      if (refresh_dirty(new_states, &scan)) break;
+      if (find_buffers(optimizer, &scan)) break;
     }
     check_memory(&scan);
     memory_checked_ = true;
     cost = prepare_rows(&scan);
+    average_cost = prepare_averages(&scan);
+    prepare_tables(&scan, cost);
+  }
+  if (is_to_be_skipped(&scan, cost, max_threads)) {
+    if (phase_.wants_stats()) run_paused(&scan, cost, max_threads);
+    return 0;
+  }
+  {
+    const NoCollection no_collection;
     records::bump_versions(scan.written.data(), scan.written.size());
   }
 
   // Nothing below can fail, but a device that is out of order.
-  scan.made_state.clear();
+  scan.keep_state();
   for (Entry& entry : entries_) {
-    if (entry.active && !entry.step_on_device) entry.set_step_count(entry.next_step_count());
+    if (entry.part == Part::kStep && !entry.step_on_device) entry.set_step_count(entry.next_step_count());
   }
   last_cost_ = cost;
-  for (const auto& known : tables_) {
-    if (known->table.empty()) continue;
-    const TorchDevice current(known->device);
-    known->table.launch();
-  }
-  const auto run = [&] { run_rows(rows_.data(), static_cast<int64_t>(rows_.size()), cost, max_threads); };
-  if (scan.hold) {
-    py::gil_scoped_release release;
-    run();
-  } else {
-    run();
-  }
+  launch_tables(scan);
+  scan.without_gil([&] {
+    run_rows(rows_.data(), static_cast<int64_t>(rows_.size()), cost, max_threads);
+    // Of parameters with sparse gradients too, so not before these are done.
+    run_rows(average_rows_.data(), static_cast<int64_t>(average_rows_.size()), average_cost, max_threads);
+  });
+  if (phase_.wants_stats() && stats_.device == kCpu && stats_.at) finish_stats();
   return static_cast<int64_t>(scan.written.size());
 }
 

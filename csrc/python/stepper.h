@@ -10,6 +10,7 @@
 
 #include "../cuda/driver.h"
 #include "check.h"
+#include "phase.h"
 #include "records.h"
 #include "rule_driver.h"
 #include "sparse.h"
@@ -22,11 +23,15 @@ class Stepper {
   Stepper(const std::string& rule, std::string optimizer);
   ~Stepper();
 
-  // One step over all groups; torch.optim's param_groups and state. `new_states` makes the state of parameters that
-  // have none: it takes [(parameter, (state name, ...)), ...] and returns [{name: tensor}, ...]. Returns how many
-  // parameters were updated. If it throws, no parameter, state or step count was changed.
-  int64_t step(py::list param_groups, py::dict state, py::function new_states, py::object grad_scale,
-               py::object found_inf, int max_threads);
+  // One step over all groups; torch.optim's param_groups and state. Of the optimizer it calls _new_states, for what
+  // parameters have not, and _buffer. `report_inf`: a tensor to be told whether a gradient was inf or nan, or None.
+  // Returns how many parameters were updated. If it throws, no parameter, state or step count was changed.
+  int64_t step(py::handle optimizer, py::list param_groups, py::dict state, py::object grad_scale,
+               py::object found_inf, py::object report_inf, int max_threads);
+  // Of the last norm: whether it is a double (a gradient was).
+  bool norm_is_double() const { return norm_is_double_; }
+  // Which parameters the last step updated.
+  std::vector<bool> took_part() const;
   // Writes the groups' options of now to the tables of captured CUDA graphs: their next replays use them.
   void update_captured(py::list param_groups);
 
@@ -35,7 +40,7 @@ class Stepper {
   class Scan;
   class Busy;
   struct OnDevice {
-    int device;
+    int device, rule;
     DType dtype;
     cuda::Table table;
     const Entry* host_counted = nullptr;  // a row of this step whose count is the host's
@@ -45,7 +50,14 @@ class Stepper {
     PyObject *param, *grad;  // held by the scan
   };
 
-  enum class Look : uint8_t { kNoGrad, kUnchanged, kGradMoved, kChanged };
+  enum class Look : uint8_t { kSitsOut, kUnchanged, kGradMoved, kChanged };
+  // What of a step a parameter takes part in: nothing, the moving average alone, all.
+  enum class Part : uint8_t { kNone, kAverage, kStep };
+  // The row of the moving average alone: of a parameter that has no gradient, or a sparse one.
+  struct AverageRow {
+    TensorRow row{};
+    std::unique_ptr<Layout> layout;
+  };
 
   void read_options(Scan* scan);
   void read_groups(Scan* scan);
@@ -54,13 +66,24 @@ class Stepper {
   void take_part(size_t n, PyObject* param, Look found, Scan* scan);
   Look look(size_t n, size_t group, size_t index, PyObject* param, Scan* scan, PyObject** grad);
   bool unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const;
-  bool refresh_dirty(const py::function& new_states, Scan* scan);
+  bool refresh_dirty(py::handle optimizer, Scan* scan);
   void refresh(const Dirty& dirty, PyObject* param_state, Scan* scan);
+  void plan_average(size_t n, const TensorView& param, const TensorView& ema);
   void check_memory(Scan* scan);
+  bool find_buffers(py::handle optimizer, Scan* scan);
   int64_t prepare_rows(Scan* scan);
-  OnDevice& on_device(int device, DType dtype);
-  cuda::StepInfo step_info(int device, DType dtype, bool counts_there, Scan* scan);
+  int64_t prepare_averages(Scan* scan);
+  void place_parts(bool norm, bool stats);
+  bool is_to_be_skipped(Scan* scan, int64_t cost, int max_threads);
+  Question question_of(const Scan& scan, bool any_double) const;
+  void run_paused(Scan* scan, int64_t cost, int max_threads);
+  void finish_stats();
+  OnDevice& on_device(int device, DType dtype, int rule);
+  void prepare_tables(Scan* scan, int64_t cost);
+  void launch_tables(const Scan& scan);
+  cuda::StepInfo step_info(int rule, int device, DType dtype, bool counts_there, Scan* scan);
   bool is_sparse(size_t n) const;
+  PyObject* stream_name(const Entry& entry, int k) const;
   // What WrittenMemory is told of a parameter, and of its gradient.
   const TensorRow& written_row(size_t n) const;
   const TensorRow& grad_row(size_t n) const;
@@ -70,12 +93,30 @@ class Stepper {
   std::string optimizer_;
   PyObject* str_step_;
   PyObject* str_params_;
+  PyObject* str_ema_;
   PyObject* state_names_[kMaxStates];
 
   const struct Target* target_ = nullptr;
   std::vector<Entry> entries_;  // one for each parameter, in the groups' order
   std::vector<TensorRow> rows_;
   std::unordered_map<size_t, SparseRow> sparse_;  // of entries that have had a sparse gradient; they do not move
+  std::unordered_map<size_t, AverageRow> averages_;  // of entries that have had one
+  std::vector<TensorRow> average_rows_;              // of this step
+  PhaseOptions phase_;
+  std::vector<NormPart> norm_parts_;
+  std::vector<StatsPart> stats_parts_;
+  // Tensors of the optimizer: the answer (measures.h) and the statistics, and where they lie.
+  struct Buffer {
+    py::object tensor;
+    int device = kCpu;
+    int64_t size = 0;
+    double* at = nullptr;
+  };
+  Buffer answer_, stats_;
+  std::vector<std::byte> options_;  // for the kernels: cuda::Options, groups
+  void find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer);
+  int64_t num_parts_[kNumDTypes] = {};
+  bool has_parts_ = false, norm_is_double_ = false;
   std::vector<Look> looks_;                       // a scan's finding for each entry
   std::vector<std::unique_ptr<OnDevice>> tables_;
   WrittenMemory memory_;

@@ -107,6 +107,7 @@ double TensorView::first() const {
 std::string device_name(int device) { return device == kCpu ? "cpu" : "cuda:" + std::to_string(device); }
 
 static Pretend pretend = Pretend::kNothing;
+std::string torch_device(int device) { return device_name(pretend == Pretend::kNothing ? device : kCpu); }
 void pretend_cuda(Pretend what) { pretend = what; }
 
 // A function of torch._C, kept for the life of the process.

@@ -33,6 +33,8 @@ struct TensorView {
 
 int64_t itemsize(DType dtype);
 std::string device_name(int device);
+// The same for torch, whose the device is: not if the host only pretends to be it.
+std::string torch_device(int device);
 // torch's current stream on a device.
 void* current_stream(int device);
 

@@ -1,11 +1,11 @@
 // Adagrad (Duchi et al. 2011).
 #pragma once
 
-#include "gradient.h"
+#include "common.h"
 
 namespace fusedopt {
 
-struct Adagrad {
+struct Adagrad : Common {
   static constexpr const char* kName = "adagrad";
   static constexpr int kNumStates = 1;
   static constexpr const char* kStateNames[kNumStates] = {"sum"};
@@ -17,11 +17,11 @@ struct Adagrad {
   static constexpr int kSparseVariant = kSparse;
 
   enum Flag : uint32_t {
-    kEpsInsideSqrt = Gradient::kFirstOfRule,
+    kEpsInsideSqrt = Common::kFirstOfRule,
   };
 
   template <class T>
-  struct Scalars : Gradient::Scalars<T> {
+  struct Scalars : Common::Scalars<T> {
     T neg_lr, eps;
   };
 
@@ -63,31 +63,33 @@ struct Adagrad {
   }
 
   template <class T, class Lr>
-  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Corrections& at_step, bool unscale,
-                                        double inv_scale) {
+  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Corrections& at_step,
+                                        const Context& context) {
     Scalars<T> s;
-    static_cast<Gradient::Scalars<T>&>(s) =
-        Gradient::scalars<T>(unscale, inv_scale, options.maximize, options.weight_decay);
+    static_cast<Common::Scalars<T>&>(s) = Common::scalars<T>(context, options.maximize, options.weight_decay);
     s.neg_lr = static_cast<T>(-(lr / at_step.lr_divisor));
     s.eps = static_cast<T>(options.eps);
     s.flags |= options.eps_inside_sqrt ? kEpsInsideSqrt : 0u;
     return s;
   }
 
-  // grad: of a sparse gradient, the sum of its Gradient::value.
+  // grad: of a sparse gradient, the sum of its Common::value.
   template <int variant, class Lane>
-  FUSEDOPT_HD static inline void update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
+  FUSEDOPT_HD static inline Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
     const Lane neg_lr(s.neg_lr), eps(s.eps);
     Lane& sum = states[kSum];
 
-    if constexpr (variant == kDense) grad = Gradient::decayed(s, grad, param);
+    if constexpr (variant == kDense) grad = decayed(s, grad, param);
     sum = variant == kSparse ? add(sum, mul(grad, grad)) : fma(grad, grad, sum);
     const Lane denom = s.flags & kEpsInsideSqrt ? sqrt(add(sum, eps)) : add(sqrt(sum), eps);
     if constexpr (variant == kSparse) {
-      const Lane quotient = div(grad, denom);
-      param = s.flags & Gradient::kOneElement ? add(param, mul(neg_lr, quotient)) : fma(neg_lr, quotient, param);
+      const Lane quotient = div(grad, denom), change = mul(neg_lr, quotient);
+      param = s.flags & kOneElement ? add(param, change) : fma(neg_lr, quotient, param);
+      return change;
     } else {
-      param = add(param, div(mul(neg_lr, grad), denom));
+      const Lane change = div(mul(neg_lr, grad), denom);
+      param = add(param, change);
+      return change;
     }
   }
 };

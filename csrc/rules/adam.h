@@ -37,22 +37,25 @@ struct Adam : Moments {
   }
 
   template <class T, class Lr>
-  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Corrections& at_step, bool unscale,
-                                        double inv_scale) {
+  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Corrections& at_step,
+                                        const Context& context) {
     Scalars<T> s;
-    static_cast<Moments::Scalars<T>&>(s) = Moments::scalars<T>(options, lr, unscale, inv_scale);
+    static_cast<Moments::Scalars<T>&>(s) = Moments::scalars<T>(options, lr, context);
     s.neg_step_size = static_cast<T>(-(lr / at_step.bias_correction1));
     s.bias_correction2_sqrt = static_cast<T>(at_step.bias_correction2_sqrt);
     s.eps = static_cast<T>(options.eps);
     return s;
   }
 
+  // Returns what is added to the parameter at the end; that it may be rounded away is of interest to statistics.
   template <int variant, class Lane>
-  FUSEDOPT_HD static inline void update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
+  FUSEDOPT_HD static inline Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
     const Lane second_moment = move<variant>(s, param, grad, states);
     const Lane denom = add(div(sqrt(second_moment), Lane(s.bias_correction2_sqrt)), Lane(s.eps));
-    param = add(param, div(mul(Lane(s.neg_step_size), states[kExpAvg]), denom));
+    const Lane change = div(mul(Lane(s.neg_step_size), states[kExpAvg]), denom);
+    param = add(param, change);
     flush(s, states);
+    return change;
   }
 };
 

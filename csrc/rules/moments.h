@@ -7,11 +7,11 @@
 #include <array>
 #include <cmath>
 
-#include "gradient.h"
+#include "common.h"
 
 namespace fusedopt {
 
-struct Moments {
+struct Moments : Common {
   static constexpr int kNumStates = 3;
   static constexpr const char* kStateNames[kNumStates] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr int kExpAvg = 0, kExpAvgSq = 1, kMaxExpAvgSq = 2;
@@ -22,14 +22,14 @@ struct Moments {
   static constexpr int kSparseVariant = -1;  // none for sparse gradients
 
   enum Flag : uint32_t {
-    kDecoupledDecay = Gradient::kFirstOfRule,  // param *= decay, which is then 1 - lr * weight_decay
+    kDecoupledDecay = Common::kFirstOfRule,  // param *= decay, which is then 1 - lr * weight_decay
     kLerpFromGrad = kDecoupledDecay * 2,       // 1 - beta1 >= 0.5: torch's lerp then starts from the other end
     kFlushSubnormals = kLerpFromGrad * 2,      // moments below the smallest normal number are stored as zero
     kFirstOfRule = kFlushSubnormals * 2,
   };
 
   template <class T>
-  struct Scalars : Gradient::Scalars<T> {
+  struct Scalars : Common::Scalars<T> {
     T lerp_weight, beta2, one_minus_beta2;
   };
 
@@ -76,13 +76,13 @@ struct Moments {
   // In double and in torch's order; each scalar is rounded once, here, to opmath T.
   // `Lr` is double, or a type that rounds every operation as torch does for an lr that is a tensor of some dtype.
   template <class T, class Lr>
-  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, bool unscale, double inv_scale) {
+  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Context& context) {
     const T one_minus_beta1 = static_cast<T>(1 - options.beta1);
     const bool decoupled = options.decoupled_weight_decay;
 
     Scalars<T> s;
-    static_cast<Gradient::Scalars<T>&>(s) =
-        Gradient::scalars<T>(unscale, inv_scale, options.maximize, decoupled ? 0 : options.weight_decay);
+    static_cast<Common::Scalars<T>&>(s) =
+        Common::scalars<T>(context, options.maximize, decoupled ? 0 : options.weight_decay);
     if (decoupled) s.decay = static_cast<T>(1 - lr * options.weight_decay);
     const bool from_grad = !(one_minus_beta1 < T(0.5));
     s.lerp_weight = from_grad ? one_minus_beta1 - 1 : one_minus_beta1;
@@ -99,7 +99,7 @@ struct Moments {
     Lane& exp_avg = states[kExpAvg];
     Lane& exp_avg_sq = states[kExpAvgSq];
 
-    grad = Gradient::decayed(s, grad, param);
+    grad = decayed(s, grad, param);
     if (s.flags & kDecoupledDecay) param = mul(param, Lane(s.decay));
 
     const Lane difference = sub(grad, exp_avg);

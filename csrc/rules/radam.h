@@ -63,10 +63,10 @@ struct RAdam : Moments {
   }
 
   template <class T, class Lr>
-  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Corrections& at_step, bool unscale,
-                                        double inv_scale) {
+  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Corrections& at_step,
+                                        const Context& context) {
     Scalars<T> s;
-    static_cast<Moments::Scalars<T>&>(s) = Moments::scalars<T>(options, lr, unscale, inv_scale);
+    static_cast<Moments::Scalars<T>&>(s) = Moments::scalars<T>(options, lr, context);
     s.lr = static_cast<T>(lr);
     s.bias_correction1 = static_cast<T>(at_step.bias_correction1);
     s.bias_correction2_sqrt = static_cast<T>(at_step.bias_correction2_sqrt);
@@ -79,14 +79,16 @@ struct RAdam : Moments {
   }
 
   template <int variant, class Lane>
-  FUSEDOPT_HD static inline void update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
+  FUSEDOPT_HD static inline Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
     const Lane second_moment = move<variant>(s, param, grad, states);
     Lane change = states[kExpAvg];
     if (s.flags & kCorrected) change = div(change, Lane(s.bias_correction1));
     change = mul(change, Lane(s.lr));
     if (s.flags & kRectified) change = mul(mul(change, adaptive(s, sqrt(second_moment))), Lane(s.rect));
+    if (s.flags & kStill) change = Lane(0);
     if (!(s.flags & kStill)) param = sub(param, change);
     flush(s, states);
+    return change;
   }
 
  private:

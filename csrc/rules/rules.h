@@ -3,7 +3,10 @@
 
 #include "adagrad.h"
 #include "adam.h"
+#include "average.h"
+#include "pause.h"
 #include "radam.h"
+#include "scale.h"
 
 namespace fusedopt {
 
@@ -12,6 +15,8 @@ struct RuleList {
   static constexpr int kSize = sizeof...(R);
 };
 
-using Rules = RuleList<Adam, RAdam, Adagrad>;
+// The optimizers' first, then those that are parts of a step.
+using Rules = RuleList<Adam, RAdam, Adagrad, Average, Scale, Pause>;
+constexpr int kAverageRule = 3, kScaleRule = 4, kPauseRule = 5;
 
 }  // namespace fusedopt

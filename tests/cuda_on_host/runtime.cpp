@@ -85,7 +85,7 @@ struct Node {
 };
 std::vector<Node> graph;
 
-template <class Rule, class S, class T, bool kOnDevice>
+template <class Rule, class S, class T, bool kFull>
 struct Launch {
   static void run(const void* raw) {
     const FloatMode mode;
@@ -93,9 +93,11 @@ struct Launch {
     // The last block first: none may depend on another.
     for (int64_t block = fusedopt_blocks - 1; block >= fusedopt_first_block; --block) {
       for (int thread = 0; thread < kThreads; ++thread)
-        step_thread<Rule, S, T, kOnDevice>(args, block, fusedopt_blocks, thread);
+        step_thread<Rule, S, T, kFull>(args, block, fusedopt_blocks, thread);
     }
-    for (int thread = 0; kOnDevice && thread < kThreads; ++thread) count_steps<Rule, T>(args, thread);
+    if (!kFull) return;
+    for (int thread = 0; thread < kThreads; thread += 32) finish_stats(args.at, sizeof(T) == sizeof(double), thread);
+    for (int thread = 0; thread < kThreads; ++thread) count_steps<Rule, T>(args, thread);
   }
 
   static void call(const void* args) {
@@ -107,13 +109,36 @@ struct Launch {
   }
 };
 
+template <class S, class T>
+struct Norm {
+  static void run(const void* raw) {
+    const FloatMode mode;
+    const auto& args = *static_cast<const NormArgs*>(raw);
+    const int64_t warps = fusedopt_blocks * kThreads / 32;
+    for (int64_t warp = warps - 1; warp >= fusedopt_first_block; --warp) norm_warp<S, T>(args, warp, warps, 0);
+    finish_norm(args, total(args.at.norm_parts, args.at.num_chunks));
+  }
+
+  static void call(const NormArgs* args) {
+    ++fusedopt_launches;
+    if (!fusedopt_capturing) return run(args);
+    graph.push_back({run, {}});
+    std::memcpy(graph.back().args, args, sizeof *args);
+  }
+};
+
 void make_ready(int, DType, bool, int) {
   if (fusedopt_fail_launches) throw std::runtime_error("CUDA: no kernel image is available for the device");
 }
 
-void launch(int rule, DType dtype, bool on_device, const void* args, int, void*) {
+void launch(int rule, DType dtype, bool full, const void* args, int, void*) {
   run_copies();
-  dispatch<Launch>(Rules{}, rule, dtype, on_device, args);
+  dispatch<Launch>(Rules{}, rule, dtype, full, args);
+}
+
+void launch_norm(DType dtype, const NormArgs& args, int, void*) {
+  run_copies();
+  dispatch_norm<Norm>(dtype, &args);
 }
 
 }  // namespace
@@ -125,4 +150,4 @@ extern "C" void fusedopt_forget_graph() { graph.clear(); }
 
 extern "C" const Runtime fusedopt_cuda_on_host;
 const Runtime fusedopt_cuda_on_host = {why_not, allocate, release,      allocate_pinned, release_pinned, copy,
-                                       is_done, copy_now, is_capturing, make_ready,      launch};
+                                       is_done, copy_now, is_capturing, make_ready,      launch,          launch_norm};
