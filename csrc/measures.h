@@ -29,8 +29,8 @@ struct NormOptions {
 };
 
 // Of one parameter's step. Sums of squares of the gradient (as NormPart), the parameter as updated, its change; the
-// largest |change| / |parameter| where the parameter was not zero; how many gradients were inf or nan; how many changes
-// that were not zero left the parameter what it was.
+// largest |change| / |parameter| where the parameter was finite and not zero; how many gradients were inf or nan; how
+// many changes that were not zero left the parameter what it was.
 struct StatsPart {
   double grad, param, change, ratio;
   int64_t nonfinite, lost;

@@ -8,6 +8,17 @@ from ._config import __version__, show_config
 from .adagrad import Adagrad
 from .adam import Adam
 from .adamw import AdamW
+from .clip import clip_grad_norm_
+from .grad_scaler import GradScaler
 from .radam import RAdam
 
-__all__ = ["Adagrad", "Adam", "AdamW", "RAdam", "__version__", "show_config"]
+__all__ = [
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "GradScaler",
+    "RAdam",
+    "__version__",
+    "clip_grad_norm_",
+    "show_config",
+]

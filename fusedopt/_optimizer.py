@@ -159,7 +159,7 @@ class FusedOptimizer(Optimizer):
             self.state,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
-            getattr(self, "_report_inf", None),
+            self.__dict__.pop("_report_inf", None),  # of fusedopt.GradScaler
             torch.get_num_threads(),
         )
         return loss
@@ -200,6 +200,16 @@ class FusedOptimizer(Optimizer):
         buffers[what, device] = found
         return found
 
+    def _only_device(self) -> torch.device | None:
+        """The device of all parameters with gradients; None if there are several, or none."""
+        params = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+        first = next(params, None)
+        if first is None:
+            return None
+        # After a step the native core knows at once; it raises an error should it be wrong now.
+        one = self._stepper.num_devices == 1 or all(p.device == first.device for p in params)
+        return first.device if one else None
+
     def _found(self, what: str) -> Tensor | None:
         buffers: dict[tuple[str, str], Tensor] = self.__dict__.get("_buffers", {})
         return next((tensor for (name, _), tensor in buffers.items() if name == what), None)
@@ -234,7 +244,7 @@ class FusedOptimizer(Optimizer):
 
         - `grad_norm`, `param_norm`: the 2-norms of g, and of p after the step;
         - `update_norm`: of what the step changed, as stored;
-        - `max_relative_update`: the largest |change| / |p before| of an element that was not zero;
+        - `max_relative_update`: the largest |change| / |p before| of an element that was finite and not zero;
         - `nonfinite_grads`: how many elements of g were inf or nan;
         - `lost_updates`: how many elements had an update (the rule's own, decoupled decay aside) that was not zero and
           yet left them as they were, because it was rounded away.

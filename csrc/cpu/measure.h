@@ -1,49 +1,52 @@
 // What one instruction set adds up over elements: included by step.h.
 #pragma once
 
+#include <limits>
+
 #include "../measures.h"
 #include "gather.h"
 
 namespace fusedopt {
 namespace {
 
-// kPartLanes sums of doubles.
-template <class Lane>
+// kLanes sums of doubles.
+template <class Lane, int kLanes = kPartLanes>
 struct PartSum {
   using Doubles = typename Lane::Doubles;
-  static constexpr int kEach = Lane::kWidth / Doubles::kWidth, kCount = kPartLanes / Doubles::kWidth;
+  static constexpr int kEach = Lane::kWidth / Doubles::kWidth, kCount = kLanes / Doubles::kWidth;
   Doubles sum[kCount];
 
   PartSum() {
     for (int k = 0; k < kCount; ++k) sum[k] = Doubles(0.0);
   }
-  // Lane `at` of those that follow one another through a stretch of kPartLanes.
-  void add_square(int at, Doubles* values) {
-    for (int k = 0; k < kEach; ++k) sum[at * kEach + k] = fma(values[k], values[k], sum[at * kEach + k]);
-  }
+  // Lane `at` of those that follow one another through a stretch of kLanes.
   void add_square(int at, Lane values) {
     Doubles doubles[kEach];
     values.to_doubles(doubles);
-    add_square(at, doubles);
+    for (int k = 0; k < kEach; ++k) sum[at * kEach + k] = fma(doubles[k], doubles[k], sum[at * kEach + k]);
+  }
+  void add_sum(int at, Lane values) {
+    Doubles doubles[kEach];
+    values.to_doubles(doubles);
+    for (int k = 0; k < kEach; ++k) sum[at * kEach + k] = add(doubles[k], sum[at * kEach + k]);
   }
   __attribute__((noinline)) double total() const {
-    double lanes[kPartLanes];
+    double lanes[kLanes];
     for (int k = 0; k < kCount; ++k) sum[k].store(lanes + k * Doubles::kWidth);
-    for (int apart = kPartLanes / 2; apart > 0; apart /= 2) {
+    for (int apart = kLanes / 2; apart > 0; apart /= 2) {
       for (int k = 0; k < apart; ++k) lanes[k] += lanes[k + apart];
     }
     return lanes[0];
   }
 };
 
-// Calls f(i, at, count...) for the lanes of [0, end): `at` counts from 0 through each stretch of kPartLanes elements,
+// Calls f(i, at, count...) for the lanes of [0, end): `at` counts from 0 through each stretch of kLanes elements,
 // `count` is empty or the elements left.
-template <class Lane, class F>
-inline void each_lane(int64_t end, F f) {
-  constexpr int kInStretch = kPartLanes / Lane::kWidth;
+template <class Lane, int kLanes = kPartLanes, class F>
+__attribute__((always_inline)) inline void each_lane(int64_t end, F f) {
   int64_t i = 0;
-  for (; i + kPartLanes <= end; i += kPartLanes) {
-    for (int at = 0; at < kInStretch; ++at) f(i + at * Lane::kWidth, at);
+  for (; i + kLanes <= end; i += kLanes) {
+    for (int at = 0; at < kLanes / Lane::kWidth; ++at) f(i + at * Lane::kWidth, at);
   }
   for (int at = 0; i < end; ++at, i += Lane::kWidth) {
     if (i + Lane::kWidth <= end) {
@@ -102,55 +105,122 @@ struct Norm {
   }
 };
 
-// What becomes of parameters in storage type S, as their update goes through a part.
-template <class Lane, class S>
-struct Stats {
+// What becomes of a parameter as its update goes through a piece of it, run by run. Within a run everything is in opmath
+// and in registers, for arithmetic is what a step has least to spare of: a sum has at most kRun / kLanes terms there.
+constexpr int64_t kRun = 256;
+template <class Lane>
+class Stats {
+ public:
   using T = typename Lane::Scalar;
-  static constexpr int kEach = PartSum<Lane>::kEach;
-  PartSum<Lane> grads, params, changes;
-  Lane ratio{T(0)}, finite{T(0)}, lost{T(0)};
-  int64_t num_lanes = 0;
+  static constexpr int kLanes = sizeof(T) == 4 ? 16 : 8;  // on all targets
+  static constexpr int kEach = kLanes / Lane::kWidth;
 
-  // `change`: what was added, before it was rounded away perhaps; null if nothing was. (Once for all rules: not inlined.)
-  template <class G>
-  __attribute__((noinline)) void include(const Common::Scalars<T>& scalars, const S* before, const S* after, const G* grad, const T* change,
-               int64_t count) {
-    const Common::Scalars<T> s = scalars;
-    const Lane zero(T(0)), one(T(1));
-    each_lane<Lane>(count, [&](int64_t i, int at, auto... n) {
-      const Lane g = Common::value(s, Lane::load(grad + i, n...));
-      const Lane old = Lane::load(before + i, n...), now = Lane::load(after + i, n...);
-      typename Lane::Doubles difference[kEach], subtrahend[kEach];
-      now.to_doubles(difference);
-      old.to_doubles(subtrahend);
-      params.add_square(at, difference);
-      for (int k = 0; k < kEach; ++k) difference[k] = sub(difference[k], subtrahend[k]);
-      changes.add_square(at, difference);
-      grads.add_square(at, g);
-      ratio = maximum(ratio, if_equal(old, zero, zero, div(abs(sub(now, old)), abs(old))));
-      finite = add(finite, if_equal(sub(g, g), zero, one, zero));
-      if (change) {
-        const Lane stays = if_equal(old, now, one, zero);
-        lost = add(lost, if_equal(Lane::load(change + i, n...), zero, zero, stays));
+  // Of one run: a copy that the compiler keeps in registers.
+  struct Run {
+    Lane grads[kEach], params[kEach], changes[kEach], largest, threshold;
+    int64_t lost = 0;
+
+    // `added`: to the parameter, before it was rounded away perhaps.
+    __attribute__((always_inline)) inline void include(int at, Lane grad, Lane before, Lane after, Lane added) {
+      const Lane change = sub(after, before);
+      grads[at] = fma(grad, grad, grads[at]);
+      params[at] = fma(after, after, params[at]);
+      changes[at] = fma(change, change, changes[at]);
+      if (any_outside(abs(change), abs(mul(threshold, before)))) {  // seldom
+        largest = larger(largest, change, before);
+        threshold = just_below(largest);
+        lost += count_lost(change, added);
       }
-      ++num_lanes;
-    });
+    }
+  };
+
+  Run begin_run() const {
+    Run run;
+    for (int k = 0; k < kEach; ++k) run.grads[k] = run.params[k] = run.changes[k] = Lane(T(0));
+    run.largest = largest_;
+    run.threshold = just_below(largest_);
+    return run;
   }
 
-  __attribute__((noinline)) StatsPart total() const {
-    // A padded lane's zeros are finite too.
-    return {grads.total(), params.total(), changes.total(), largest_of(ratio),
-            num_lanes * Lane::kWidth - count(finite), count(lost)};
+  // `grad`: the run's gradients again, for `s`; `param`: as updated.
+  template <class S, class G>
+  void end_run(const Run& run, const Common::Scalars<T>& s, const G* grad, const S* param, int64_t count) {
+    num_elements += count;
+    largest_ = run.largest;
+    lost_ += run.lost;
+    const bool exact_grads = !in_range(run.grads), exact_params = !in_range(run.params);
+    for (int k = 0; k < kEach; ++k) {
+      if (!exact_grads) grads_.add_sum(k, run.grads[k]);
+      if (!exact_params) params_.add_sum(k, run.params[k]);
+      changes_.add_sum(k, run.changes[k]);
+    }
+    if (exact_grads) nonfinite_ += add_exactly(s, grad, count, &grads_);
+    if (exact_params) add_exactly(Common::scalars<T>({}, false, 0), param, count, &params_);
   }
+
+  // Of the part that ends here. The ratio is that of the piece so far: only the largest of all counts.
+  __attribute__((noinline)) StatsPart end_part() {
+    const T largest = largest_of(largest_);
+    const StatsPart part = {grads_.total(), params_.total(), changes_.total(), largest, nonfinite_, lost_};
+    *this = Stats();
+    largest_ = Lane(largest);
+    return part;
+  }
+
+  int64_t num_elements = 0;  // of the part so far
 
  private:
-  static int64_t count(Lane ones) {
-    T values[Lane::kWidth];
-    ones.store(values);
-    T sum = 0;
-    for (int k = 0; k < Lane::kWidth; ++k) sum += values[k];
-    return static_cast<int64_t>(sum);
+  // Below its product with the parameter no change is a larger part of it, whatever the roundings. Never NaN.
+  static Lane just_below(Lane ratio) {
+    const Lane product = mul(ratio, Lane(T(1) - 8 * std::numeric_limits<T>::epsilon()));
+    return if_equal(ratio, ratio, product, Lane(T(0)));
   }
+
+  __attribute__((noinline)) static Lane larger(Lane largest, Lane change, Lane before) {
+    const Lane zero(T(0)), ratio = div(abs(change), abs(before));
+    const Lane found = if_equal(sub(before, before), zero, if_equal(before, zero, zero, ratio), zero);
+    return maximum(largest, found);
+  }
+
+  __attribute__((noinline)) static int64_t count_lost(Lane change, Lane added) {
+    const Lane zero(T(0)), one(T(1));
+    T values[Lane::kWidth], count = 0;
+    if_equal(added, zero, zero, if_equal(change, zero, one, zero)).store(values);
+    for (int k = 0; k < Lane::kWidth; ++k) count += values[k];
+    return static_cast<int64_t>(count);
+  }
+
+  // Are squares neither so small nor so large that opmath has lost something?
+  static bool in_range(const Lane* sums) {
+    bool outside = false;
+    for (int k = 0; k < kEach; ++k)
+      outside |= any_above(Lane(kSmall), sums[k]) || any_above(sums[k], Lane(std::numeric_limits<T>::max()));
+    return !outside;
+  }
+  static constexpr T kSmall = sizeof(T) == 4 ? T(0x1p-70) : T(0x1p-900);
+
+  // In double, whatever they are. Returns how many are inf or nan.
+  template <class G>
+  __attribute__((noinline)) static int64_t add_exactly(const Common::Scalars<T>& s, const G* values, int64_t count,
+                                                       PartSum<Lane, kLanes>* sums) {
+    const Lane zero(T(0)), one(T(1));
+    Lane finite = zero;
+    int64_t lanes = 0;
+    each_lane<Lane, kLanes>(count, [&](int64_t i, int at, auto... n) {
+      const Lane x = Common::value(s, Lane::load(values + i, n...));
+      sums->add_square(at, x);
+      finite = add(finite, if_equal(sub(x, x), zero, one, zero));
+      ++lanes;
+    });
+    T each[Lane::kWidth], sum = 0;
+    finite.store(each);
+    for (int k = 0; k < Lane::kWidth; ++k) sum += each[k];
+    return lanes * Lane::kWidth - static_cast<int64_t>(sum);  // a padded lane's zeros are finite too
+  }
+
+  PartSum<Lane, kLanes> grads_, params_, changes_;
+  Lane largest_{T(0)};
+  int64_t nonfinite_ = 0, lost_ = 0;
 };
 
 }  // namespace

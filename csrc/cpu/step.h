@@ -22,9 +22,11 @@ struct Dense {
   using T = typename Lane::Scalar;
   using Scalars = typename Rule::template Scalars<T>;
 
-  // The tail is the same update on a padded lane: `Count` is empty, or the elements left.
-  template <class... Count>
-  static inline void block(const Scalars& scalars, std::byte* const* data, T* change, int64_t i, Count... count) {
+  // The tail is the same update on a padded lane: `Count` is empty, or the elements left. `see` is shown the gradient,
+  // the parameter before and as it is stored, and what was added to it.
+  template <class See, class... Count>
+  __attribute__((always_inline)) static inline void block(const Scalars& scalars, std::byte* const* data, int64_t i,
+                                                          See see, Count... count) {
     S* const param_at = reinterpret_cast<S*>(data[kParam]) + i;
     Lane param = Lane::load(static_cast<const S*>(param_at), count...);
     Lane grad(T(0));
@@ -33,21 +35,51 @@ struct Dense {
     for (int k = 0; k < kNumStates; ++k)
       states[k] = Lane::load(reinterpret_cast<const S*>(data[kState + k]) + i, count...);
 
+    const Lane before = param;
     const Lane added = Rule::template update<variant>(scalars, param, grad, states);
 
     if constexpr (Rule::kWritesParam) param.store(param_at, count...);
     for (int k = 0; k < kNumStates; ++k) states[k].store(reinterpret_cast<S*>(data[kState + k]) + i, count...);
-    if (change) added.store(change + i, count...);
+    see(grad, before, param, added);
   }
 
-  // `flags` are added to the scalars'. If `change` is not null, it gets what was added to the parameter.
-  static void update(const void* scalars, uint32_t flags, std::byte* const* data, int64_t begin, int64_t end,
-                     T* change) {
+  // `flags` are added to the scalars'.
+  static void update(const void* scalars, uint32_t flags, std::byte* const* data, int64_t begin, int64_t end) {
     Scalars s = *static_cast<const Scalars*>(scalars);
     s.flags |= flags;
+    const auto see_nothing = [](auto...) {};
     int64_t i = begin;
-    for (; i + Lane::kWidth <= end; i += Lane::kWidth) block(s, data, change, i);
-    if (i < end) block(s, data, change, i, static_cast<int>(end - i));
+    for (; i + Lane::kWidth <= end; i += Lane::kWidth) block(s, data, i, see_nothing);
+    if (i < end) block(s, data, i, see_nothing, static_cast<int>(end - i));
+  }
+
+  // The same for a run, with statistics. `unclipped`: its gradients as computed, if they are not those in `data`.
+  static void measured(const void* scalars, uint32_t flags, std::byte* const* data, int64_t count, const T* unclipped,
+                       Stats<Lane>* stats) {
+    Scalars s = *static_cast<const Scalars*>(scalars);
+    s.flags |= flags;
+    Common::Scalars<T> as_computed = s;
+    as_computed.flags &= unclipped ? 0u : Common::kUnscale;
+    const S* const param_at = reinterpret_cast<const S*>(data[kParam]);
+    const G* const grad_at = reinterpret_cast<const G*>(data[kGrad]);
+    auto run = stats->begin_run();
+    each_lane<Lane, Stats<Lane>::kLanes>(count, [&](int64_t i, int at, auto... n) __attribute__((always_inline)) {
+      block(
+          s, data, i,
+          [&](Lane grad, Lane before, Lane after, Lane added) __attribute__((always_inline)) {
+            if constexpr (!Rule::kReadsGrad) grad = Lane::load(grad_at + i, n...);
+            if (unclipped) grad = Lane::load(unclipped + i, n...);
+            if constexpr (sizeof(S) != sizeof(T)) after = Lane::load(param_at + i, n...);  // as it was rounded
+            run.include(at, Common::value(as_computed, grad), before, after, added);
+          },
+          n...);
+    });
+    const auto seen = run;  // so that `run` itself need not lie in memory
+    if (unclipped) {
+      stats->end_run(seen, as_computed, unclipped, param_at, count);
+    } else {
+      stats->end_run(seen, as_computed, grad_at, param_at, count);
+    }
   }
 };
 
@@ -56,11 +88,17 @@ template <class Lane, class S>
 class Walk {
  public:
   using T = typename Lane::Scalar;
-  using Update = void (*)(const void*, uint32_t, std::byte* const*, int64_t, int64_t, T*);
+  using Update = void (*)(const void*, uint32_t, std::byte* const*, int64_t, int64_t);
+  using Measured = void (*)(const void*, uint32_t, std::byte* const*, int64_t, const T*, Stats<Lane>*);
 
   // `stats`: null unless the row wants them.
-  Walk(const TensorRow& row, Update update, int num_streams, Stats<Lane, S>* stats)
-      : row_(row), update_(update), ema_(num_streams), num_streams_(num_streams + has_ema()), stats_(stats) {
+  Walk(const TensorRow& row, Update update, Measured measured, int num_streams, Stats<Lane>* stats)
+      : row_(row),
+        update_(update),
+        measured_(measured),
+        ema_(num_streams),
+        num_streams_(num_streams + has_ema()),
+        stats_(stats) {
     common_ = *static_cast<const Common::Scalars<T>*>(row.scalars);  // the first base of every rule's
   }
 
@@ -117,8 +155,6 @@ class Walk {
   }
 
  private:
-  static constexpr int64_t kRun = 256;  // elements that go through buffers at a time
-
   bool has_ema() const { return row_.ema != Ema::kNone; }
 
   // Rows that are dense in all streams: updated where they lie.
@@ -213,7 +249,7 @@ class Walk {
   // The next `count` elements of the piece, which lie in streams of unit stride here. `unclipped`: those of a sparse
   // gradient as computed.
   void update(std::byte* const* data, int64_t count, const T* unclipped = nullptr) {
-    if (!has_ema() && !stats_) return update_(row_.scalars, flags_, data, 0, count, nullptr);
+    if (!has_ema() && !stats_) return update_(row_.scalars, flags_, data, 0, count);
     // Run by run, while it is in the cache, comes what is beside the update.
     for (int64_t done = 0; done < count;) {
       int64_t run = count - done;
@@ -229,42 +265,32 @@ class Walk {
   }
 
   void update_run(std::byte* const* data, int64_t count, const T* unclipped) {
-    const S* const param = reinterpret_cast<const S*>(data[kParam]);
     if (stats_) {
-      alignas(64) S before[kRun];
-      alignas(64) T change[kRun];
-      std::memcpy(before, param, count * sizeof(S));
-      update_(row_.scalars, flags_, data, 0, count, change);
-      if (unclipped) {
-        stats_->include(Common::scalars<T>({}, false, 0), before, param, unclipped, change, count);
-      } else {
-        stats_->include(as_computed(), before, param, reinterpret_cast<const S*>(data[kGrad]), change, count);
-      }
+      measured_(row_.scalars, flags_, data, count, unclipped, stats_);
     } else {
-      update_(row_.scalars, flags_, data, 0, count, nullptr);
+      update_(row_.scalars, flags_, data, 0, count);
     }
-    if (row_.ema == Ema::kCopy) std::memcpy(data[ema_], param, count * sizeof(S));
+    if (row_.ema == Ema::kCopy) std::memcpy(data[ema_], data[kParam], count * sizeof(S));
     if (row_.ema == Ema::kMove) {
       std::byte* const average[] = {data[kParam], nullptr, data[ema_]};
-      Dense<Average, 0, Lane, S, S>::update(&common_, 0, average, 0, count, nullptr);
+      Dense<Average, 0, Lane, S, S>::update(&common_, 0, average, 0, count);
     }
   }
 
   // Behind the last element of a part, or of the piece.
   void finish() {
-    if (!stats_ || stats_->num_lanes == 0) return;
-    row_.stats[(at_ - 1) / kPart] = stats_->total();
-    *stats_ = {};
+    if (stats_ && stats_->num_elements > 0) row_.stats[(at_ - 1) / kPart] = stats_->end_part();
   }
 
   const TensorRow& row_;
   Update update_;
+  Measured measured_;
   int ema_, num_streams_;  // the average's stream, where there is one; with it
   int64_t grad_size_ = sizeof(S);
   uint32_t flags_ = 0;
   Common::Scalars<T> common_;
   int64_t at_ = 0;  // the element that comes next
-  Stats<Lane, S>* stats_;
+  Stats<Lane>* stats_;
 };
 
 template <class Rule, int variant, class Lane, class S>
@@ -273,14 +299,14 @@ void update(const TensorRow& row, int64_t begin, int64_t end) {
   constexpr bool kIsSparse = variant == Rule::kSparseVariant;
   using Rows = Dense<Rule, variant, Lane, S, std::conditional_t<kIsSparse, typename Lane::Scalar, S>>;
   if (!kIsSparse && !row.layout && row.ema == Ema::kNone && !row.stats)
-    return Rows::update(row.scalars, 0, row.data, begin, end, nullptr);  // the usual case
-  const auto walk = [&](Stats<Lane, S>* stats) {
-    Walk<Lane, S> walk(row, Rows::update, kState + Rows::kNumStates, stats);
+    return Rows::update(row.scalars, 0, row.data, begin, end);  // the usual case
+  const auto walk = [&](Stats<Lane>* stats) {
+    Walk<Lane, S> walk(row, Rows::update, Rows::measured, kState + Rows::kNumStates, stats);
     if constexpr (kIsSparse) return walk.sparse(begin, end);
     row.layout ? walk.strided(begin, end) : walk.dense(begin, end);
   };
   if (!row.stats) return walk(nullptr);
-  Stats<Lane, S> stats;
+  Stats<Lane> stats;
   walk(&stats);
 }
 

@@ -113,7 +113,7 @@ FUSEDOPT_DEVICE void include(StatsPart* mine, T grad, T before, T after, T chang
   mine->grad = fma_one(g, g, mine->grad);
   mine->param = fma_one(now, now, mine->param);
   mine->change = fma_one(difference, difference, mine->change);
-  const T ratio = before == 0 ? T(0) : div_one(std::fabs(sub_one(after, before)), std::fabs(before));
+  const T ratio = before == 0 || before - before != 0 ? T(0) : div_one(std::fabs(sub_one(after, before)), std::fabs(before));
   mine->ratio = combine(NormPart{0, mine->ratio}, NormPart{0, static_cast<double>(ratio)}).largest;
   mine->nonfinite += !(grad - grad == 0);
   mine->lost += change != 0 && before == after;

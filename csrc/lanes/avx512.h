@@ -40,6 +40,12 @@ struct F64 {
   friend F64 if_equal(F64 a, F64 b, F64 yes, F64 no) {
     return _mm512_mask_mov_pd(no.v, _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ), yes.v);
   }
+  friend bool any_above(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_NLE_UQ) != 0; }
+  // As integers: zero less one is the largest of all.
+  friend bool any_outside(F64 a, F64 most) {
+    const __m512i less_one = _mm512_sub_epi64(_mm512_castpd_si512(a.v), _mm512_set1_epi64(1));
+    return _mm512_cmpge_epu64_mask(less_one, _mm512_castpd_si512(most.v)) != 0;
+  }
   void to_doubles(F64* out) const { *out = *this; }
   friend F64 flush_subnormal(F64 a) {
     const __mmask8 small = _mm512_cmp_pd_mask(_mm512_abs_pd(a.v), _mm512_set1_pd(0x1p-1022), _CMP_LT_OQ);
@@ -111,6 +117,12 @@ struct F32 {
   friend F32 abs(F32 a) { return _mm512_abs_ps(a.v); }
   friend F32 if_equal(F32 a, F32 b, F32 yes, F32 no) {
     return _mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), yes.v);
+  }
+  friend bool any_above(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ) != 0; }
+  // As integers: zero less one is the largest of all.
+  friend bool any_outside(F32 a, F32 most) {
+    const __m512i less_one = _mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(1));
+    return _mm512_cmpge_epu32_mask(less_one, _mm512_castps_si512(most.v)) != 0;
   }
   void to_doubles(F64* out) const {
     out[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(v));

@@ -11,6 +11,8 @@
 //   maximum(a, b)                        a > b ? a : b, and NaN if either is NaN (torch.maximum)
 //   abs(x)
 //   if_equal(a, b, x, y)                 a == b ? x : y
+//   any_above(a, b)                      is a <= b not true of some element
+//   any_outside(a, most)                 is 0 < a <= most not true of some element; neither is negative, most no NaN
 //   to_doubles(Lane::Doubles*)           its elements as lanes of doubles
 //   flush_subnormal(x)                   |x| below the smallest normal number becomes a zero of the same sign
 //

@@ -132,6 +132,16 @@ struct Lane {
   FUSEDOPT_HD friend Lane if_equal(Lane a, Lane b, Lane yes, Lane no) {
     return each([&](int k) { return a.v[k] == b.v[k] ? yes.v[k] : no.v[k]; });
   }
+  friend bool any_above(Lane a, Lane b) {
+    bool any = false;
+    for (int k = 0; k < kWidth; ++k) any |= !(a.v[k] <= b.v[k]);
+    return any;
+  }
+  friend bool any_outside(Lane a, Lane most) {
+    bool any = false;
+    for (int k = 0; k < kWidth; ++k) any |= !(a.v[k] > 0 && a.v[k] <= most.v[k]);
+    return any;
+  }
   FUSEDOPT_HD void to_doubles(Doubles* out) const {
     for (int k = 0; k < kWidth; ++k) out->v[k] = static_cast<double>(v[k]);
   }

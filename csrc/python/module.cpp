@@ -7,6 +7,7 @@
 #include "../cpu/run.h"
 #include "../cpu/target.h"
 #include "../cuda/driver.h"
+#include "clip.h"
 #include "stepper.h"
 
 namespace py = pybind11;
@@ -95,10 +96,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_chunks", &plan_chunks);
   m.attr("cuda_chunk") = cuda::kChunk;
   m.def("set_signatures", &records::set_enabled, "For tests: False reads every tensor anew in every step.");
+  py::class_<Clipper>(m, "Clipper").def(py::init<>()).def("clip", &Clipper::clip);
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("optimizer"))
       .def("step", &Stepper::step)
       .def_property_readonly("norm_is_double", &Stepper::norm_is_double)
+      .def_property_readonly("num_devices", &Stepper::num_devices)
       .def("took_part", &Stepper::took_part)
       .def("update_captured", &Stepper::update_captured);
 }

@@ -1037,6 +1037,15 @@ void Stepper::finish_stats() {
   }
 }
 
+int Stepper::num_devices() const {
+  std::vector<int> devices;
+  for (const Entry& entry : entries_) {
+    if (entry.part != Part::kStep) continue;
+    if (std::find(devices.begin(), devices.end(), entry.device) == devices.end()) devices.push_back(entry.device);
+  }
+  return static_cast<int>(devices.size());
+}
+
 std::vector<bool> Stepper::took_part() const {
   std::vector<bool> parts(entries_.size());
   for (size_t n = 0; n < entries_.size(); ++n) parts[n] = entries_[n].part == Part::kStep;

@@ -30,6 +30,8 @@ class Stepper {
                py::object found_inf, py::object report_inf, int max_threads);
   // Of the last norm: whether it is a double (a gradient was).
   bool norm_is_double() const { return norm_is_double_; }
+  // How many devices the parameters of the last step lay on.
+  int num_devices() const;
   // Which parameters the last step updated.
   std::vector<bool> took_part() const;
   // Writes the groups' options of now to the tables of captured CUDA graphs: their next replays use them.

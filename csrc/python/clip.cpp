@@ -1,0 +1,199 @@
+#include "clip.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "../cpu/float_mode.h"
+#include "../cpu/run.h"
+#include "../cpu/target.h"
+#include "../measures.h"
+#include "../rules/rules.h"
+#include "check.h"
+#include "records.h"
+
+namespace fusedopt {
+
+// The gradients of one call, by dtype and in their order.
+struct Clipper::Grads {
+  struct ByDtype {
+    std::vector<TensorRow> rows;
+    std::vector<std::unique_ptr<Layout>> layouts;
+  };
+  std::array<ByDtype, kNumDTypes> by_dtype;
+  std::vector<PyObject*> tensors;
+  int device = kCpu;
+  WrittenMemory memory;
+  size_t count = 0;
+
+  Grads() = default;
+  Grads(const Grads&) = delete;
+  ~Grads() {
+    for (PyObject* tensor : tensors) Py_DECREF(tensor);
+  }
+
+  // False if they are not all of the usual kind.
+  bool read(const py::list& params, bool infinity_norm) {
+    for (const py::handle param : params) {
+      if (!is_tensor(param.ptr())) return false;
+      PyObject* grad = get_grad(param.ptr());
+      if (!grad) throw py::error_already_set();
+      tensors.push_back(grad);
+      if (grad == Py_None) continue;
+      TensorView view;
+      std::string why;
+      if (!is_plain_tensor(grad) || py::handle(grad).attr("is_sparse").cast<bool>() ||
+          !read_tensor(grad, &view, &why) || is_lazy_view(grad)) {
+        return false;
+      }
+      if (view.is_complex && infinity_norm) return false;  // the largest of absolute values there
+      if (count++ == 0) device = view.device;
+      if (view.device != device) return false;
+      ByDtype& group = by_dtype[static_cast<int>(view.dtype)];
+      Streams streams;
+      streams.count = kGrad + 1;
+      streams.view[kParam] = streams.view[kGrad] = view;
+      TensorRow row{};
+      group.layouts.push_back(plan_row(streams, &row));
+      row.layout = group.layouts.back().get();
+      group.rows.push_back(row);
+    }
+    const auto is_none = [](PyObject* tensor) {
+      const bool none = tensor == Py_None;
+      if (none) Py_DECREF(tensor);
+      return none;
+    };
+    tensors.erase(std::remove_if(tensors.begin(), tensors.end(), is_none), tensors.end());
+    size_t owner = 0;
+    for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
+      for (const TensorRow& row : by_dtype[dtype].rows)
+        memory.add(row, kGrad + 1, itemsize(static_cast<DType>(dtype)), owner++);
+    }
+    WrittenMemory::Region a, b;
+    return count > 0 && !memory.find_overlap(&a, &b);
+  }
+};
+
+py::object Clipper::clip(py::list params, double max_norm, bool infinity_norm, bool error_if_nonfinite,
+                         const py::function& buffer, int max_threads) {
+  const FloatMode mode;
+  Grads grads;
+  if (!grads.read(params, infinity_norm)) return py::none();
+  Question question{};
+  question.is_double = !grads.by_dtype[static_cast<int>(DType::kFloat64)].rows.empty();
+  question.infinity_norm = question.largest = infinity_norm;
+  question.clip = true;
+  question.max_norm = max_norm;
+  if (grads.device == kCpu) return clip_on_host(&grads, question, error_if_nonfinite, max_threads);
+  if (error_if_nonfinite) return py::none();  // it waits for the device, so there is nothing to be gained
+  return clip_on_device(&grads, question, buffer);
+}
+
+py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool error_if_nonfinite, int max_threads) {
+  const Target& target = current_target();
+  std::vector<TensorRow> rows;
+  std::vector<size_t> first_parts, num_parts(kNumDTypes);
+  size_t all_parts = 0;
+  int64_t cost = 0;
+  Common::Scalars<float> scalars_f32 = Common::scalars<float>({}, false, 0);
+  Common::Scalars<double> scalars_f64 = Common::scalars<double>({}, false, 0);
+  for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
+    const DType type = static_cast<DType>(dtype);
+    for (TensorRow row : grads->by_dtype[dtype].rows) {
+      row.scalars = type == DType::kFloat64 ? static_cast<const void*>(&scalars_f64) : &scalars_f32;
+      row.measure = target.find_norm(type);
+      row.update = target.find(kScaleRule, 0, type);
+      row.start = cost;
+      cost += row.numel + kRowCost;
+      rows.push_back(row);
+      first_parts.push_back(all_parts);
+      const size_t parts = static_cast<size_t>((row.numel + kPart - 1) / kPart);
+      num_parts[dtype] += parts;
+      all_parts += parts;
+    }
+  }
+  std::vector<NormPart> parts(all_parts);
+  for (size_t i = 0; i < rows.size(); ++i) rows[i].norm = parts.data() + first_parts[i];
+
+  const auto num_rows = static_cast<int64_t>(rows.size());
+  double answer[kAnswerSize] = {};
+  {
+    py::gil_scoped_release release;
+    measure_rows(rows.data(), num_rows, {false, 1, question.largest}, cost, max_threads);
+    NormPart all = {0, 0};
+    const NormPart* at = parts.data();
+    for (const size_t count : num_parts) {
+      all = combine(all, total(at, static_cast<int64_t>(count)));
+      at += count;
+    }
+    answer[kSum] = all.sum;
+    answer[kLargest] = all.largest;
+    decide(question, false, answer, nullptr);
+  }
+  const py::object norm = py::make_tuple(answer[kNorm], question.is_double);
+  if (error_if_nonfinite && !std::isfinite(answer[kNorm])) return norm;  // the caller raises
+  records::bump_versions(grads->tensors.data(), grads->tensors.size());
+  if (answer[kClip] == 1) return norm;
+  scalars_f32.clip = static_cast<float>(answer[kClip]);
+  scalars_f64.clip = answer[kClip];
+  py::gil_scoped_release release;
+  run_rows(rows.data(), num_rows, cost, max_threads);
+  return norm;
+}
+
+py::object Clipper::clip_on_device(Grads* grads, const Question& question, const py::function& buffer) {
+  const int device = grads->device;
+  const TorchDevice current(device);
+  if (!answer_ || answer_device_ != device) {
+    answer_ = buffer(kAnswerSize, torch_device(device));
+    answer_device_ = device;
+  }
+  TensorView answer;
+  std::string why;
+  if (!read_tensor(answer_.ptr(), &answer, &why)) throw std::runtime_error("clip_grad_norm_: " + why);
+  const cuda::Options options = {question};
+  const Common::Scalars<float> scalars_f32 = Common::scalars<float>({}, false, 0);
+  const Common::Scalars<double> scalars_f64 = Common::scalars<double>({}, false, 0);
+  std::vector<cuda::Table*> tables;
+  for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
+    const auto& rows = grads->by_dtype[dtype].rows;
+    if (rows.empty()) continue;
+    const DType type = static_cast<DType>(dtype);
+    const auto is_it = [&](const auto& known) { return known->device == device && known->dtype == type; };
+    auto found = std::find_if(tables_.begin(), tables_.end(), is_it);
+    if (found == tables_.end()) {
+      tables_.push_back(std::make_unique<OnDevice>());
+      found = std::prev(tables_.end());
+      (*found)->device = device;
+      (*found)->dtype = type;
+    }
+    cuda::Table& table = (*found)->table;
+    const bool is_double = type == DType::kFloat64;
+    table.begin();
+    for (const TensorRow& row : rows) {
+      const void* scalars = is_double ? static_cast<const void*>(&scalars_f64) : &scalars_f32;
+      table.add(row, {scalars, 0, 0, false, nullptr});
+    }
+    cuda::StepInfo info{};
+    info.rule = kScaleRule;
+    info.dtype = type;
+    info.scalars_size = is_double ? sizeof scalars_f64 : sizeof scalars_f32;
+    info.options = reinterpret_cast<const std::byte*>(&options);
+    info.options_size = sizeof options;
+    info.full = info.norm = true;
+    info.how = {false, 1, question.largest};
+    info.answer = reinterpret_cast<double*>(answer.data);
+    info.device = device;
+    info.stream = current_stream(device);
+    info.capturing = cuda::runtime()->is_capturing(info.stream);
+    table.prepare(info, true);
+    tables.push_back(&table);
+  }
+  records::bump_versions(grads->tensors.data(), grads->tensors.size());
+  for (cuda::Table* table : tables) table->launch_norm(table == tables.front(), table == tables.back());
+  for (cuda::Table* table : tables) table->launch(false);
+  return py::make_tuple(answer_, question.is_double);
+}
+
+}  // namespace fusedopt

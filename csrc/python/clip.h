@@ -1,0 +1,37 @@
+// clip_grad_norm_: the norm of gradients, and the gradients scaled by it in place.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <vector>
+
+#include "../cuda/driver.h"
+#include "tensor.h"
+
+namespace fusedopt {
+
+class Clipper {
+ public:
+  // Clips the gradients of some parameters, and returns their norm before as (a tensor whose first element it is, or a
+  // number; whether it is a double). `buffer(size, device)` makes a tensor of doubles. None where torch's own function
+  // should be asked: other kinds of tensors, several devices, shared memory.
+  py::object clip(py::list params, double max_norm, bool infinity_norm, bool error_if_nonfinite,
+                  const py::function& buffer, int max_threads);
+
+ private:
+  struct OnDevice {
+    int device;
+    DType dtype;
+    cuda::Table table;
+  };
+  struct Grads;
+  py::object clip_on_host(Grads* grads, const struct Question& question, bool error_if_nonfinite, int max_threads);
+  py::object clip_on_device(Grads* grads, const struct Question& question, const py::function& buffer);
+
+  std::vector<std::unique_ptr<OnDevice>> tables_;
+  py::object answer_;  // of the device used last
+  int answer_device_ = kCpu;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,37 @@
+"""Automatic mixed precision without a pass of its own over the gradients."""
+
+from typing import Any
+
+import torch
+
+from ._optimizer import FusedOptimizer
+
+
+class GradScaler(torch.amp.GradScaler):
+    """A drop-in for :class:`torch.amp.GradScaler` that leaves the check for inf and nan to the optimizer's step.
+
+    Torch's reads and writes all gradients before an optimizer's step, to see whether one is inf or nan. With an
+    optimizer of this package the pass that measures the norm, which only reads them, does it instead, whether
+    `max_grad_norm` wants the norm or not. Unscaling multiplies by the reciprocal of the scale, as
+    :meth:`~torch.amp.GradScaler.unscale_` does (torch's fused optimizers divide). After an explicit `unscale_`, and for
+    optimizers that are not of this package, it does what torch's does.
+
+    What is checked are the unscaled gradients: with a scale below 1 one that torch takes for finite may overflow, and
+    the step is skipped.
+
+    Args:
+        device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as torch's.
+    """
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """torch's step() calls this where nobody has unscaled; what it finds, update() looks at."""
+        if isinstance(optimizer, FusedOptimizer):
+            device = optimizer._only_device()
+            if device is not None:
+                verdict = torch.zeros((), device=device)
+                optimizer._report_inf = verdict
+                found: dict[str, Any] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+                found.clear()
+                found[verdict.device] = verdict
+                return found
+        return super()._check_inf_per_device(optimizer)
