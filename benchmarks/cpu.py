@@ -8,9 +8,7 @@ set of parameters, gradients and moments, and take turns (harness.interleave).
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
-import inspect
 import itertools
 import os
 import re
@@ -34,67 +32,35 @@ from torch.optim import Optimizer
 import fusedopt
 from fusedopt._config import _C
 
-from . import harness
-from .harness import Contender, Row, Skipped, Spread, Target, at_least, at_most, interleave, ratio_row, seconds
+from . import harness, phase
+from .harness import (
+    FIRST_STEPS,
+    FOREACH,
+    FUSED,
+    LOOP,
+    MI,
+    OURS,
+    SMALL_QUARTERS,
+    Contender,
+    Floor,
+    Quick,
+    Row,
+    Skipped,
+    Spread,
+    Target,
+    at_least,
+    at_most,
+    fastest,
+    interleave,
+    make_optimizer,
+    make_optimizers,
+    make_parameters,
+    ratio_row,
+    seconds,
+)
 
 sys.path.append(str(harness.ROOT / "tests"))
 from reference import assert_same_bits, torch_loop_step, transcription
-
-MI = 2**20
-OURS, FUSED, FOREACH, LOOP = "fusedopt", "torch fused", "torch foreach", "torch loop"
-# The module that has the class, and the options that choose.
-KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
-    OURS: (fusedopt, {}),
-    FUSED: (torch.optim, {"fused": True}),
-    FOREACH: (torch.optim, {"foreach": True}),
-    LOOP: (torch.optim, {"foreach": False}),
-}
-FIRST_STEPS = {"Adam": 1, "RAdam": 6, "Adagrad": 1}  # untimed: RAdam's sixth is the first that is rectified
-
-
-def make_parameters(sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:
-    """Separately allocated parameters, each with a gradient: standard normal, both."""
-    g = torch.Generator().manual_seed(seed)
-
-    def values(size: int) -> Tensor:
-        return torch.empty(size, dtype=dtype).normal_(generator=g)
-
-    params = [Parameter(values(size)) for size in sizes]
-    for param in params:
-        param.grad = values(param.numel())
-    return params
-
-
-def available(kind: str, algorithm: str) -> bool:
-    """Whether the algorithm has this kind: torch's RAdam has no fused one."""
-    module, chosen = KINDS[kind]
-    return chosen.keys() <= inspect.signature(getattr(module, algorithm)).parameters.keys()
-
-
-def make_optimizer(kind: str, params: Sequence[Parameter], algorithm: str = "Adam", **options: Any) -> Optimizer:
-    module, chosen = KINDS[kind]
-    return getattr(module, algorithm)(params, **chosen, **options)
-
-
-def make_optimizers(
-    params: list[Parameter], kinds: Sequence[str], algorithm: str = "Adam", **options: Any
-) -> dict[str, Optimizer]:
-    """One optimizer of each available kind, on the same parameters and state; the step counts are each one's own."""
-    ours = make_optimizer(OURS, params, algorithm, **options)
-    for _ in range(FIRST_STEPS[algorithm]):
-        ours.step()
-    optimizers = {OURS: ours}
-    for kind in kinds:
-        if kind == OURS or not available(kind, algorithm):
-            continue
-        optimizers[kind] = made = make_optimizer(kind, params, algorithm, **options)
-        on_device = made.defaults.get("fused") or made.defaults.get("capturable")
-        for param in params:
-            state = ours.state[param]
-            step = state["step"].to(param.device if on_device else "cpu", copy=True)
-            made.state[param] = {**state, "step": step}
-    return optimizers
-
 
 # --- where a step's gradients come from ----------------------------------------------------------------------------
 
@@ -166,45 +132,7 @@ def transcribed_step(param: Parameter, optimizer: Optimizer, step: int) -> None:
         param.copy_(new)
 
 
-# --- the traffic floor ---------------------------------------------------------------------------------------------
-
-
-class Floor:
-    """benchmarks/floor.cpp on the streams of an optimizer's step."""
-
-    def __init__(self, params: list[Parameter], optimizer: Optimizer) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            library = Path(folder) / "floor.so"
-            harness.compile_library(Path(__file__).with_name("floor.cpp"), library)
-            self._run = ctypes.CDLL(str(library)).fusedopt_floor
-        streams = [
-            [param.grad, param, *(value for name, value in optimizer.state[param].items() if name != "step")]
-            for param in params
-        ]
-        self.bytes_per_element = 4 * (2 * len(streams[0]) - 1)
-        self.numel = sum(param.numel() for param in params)
-        pointers = [stream.data_ptr() for row in streams for stream in row if stream is not None]
-        self._streams = (ctypes.c_void_p * len(pointers))(*pointers)
-        self._sizes = (ctypes.c_int64 * len(params))(*[param.numel() for param in params])
-        self._counts = (ctypes.c_int64(len(params)), ctypes.c_int(len(streams[0])))
-
-    def runner(self, chunk: int) -> Callable[[], object]:
-        threads, mask = ctypes.c_int(torch.get_num_threads()), ctypes.c_uint32(0)
-        return lambda: self._run(self._streams, self._sizes, *self._counts, ctypes.c_int64(chunk), threads, mask)
-
-    def contenders(self) -> dict[str, Contender]:
-        """The elements shared out beforehand, and taken in small pieces."""
-        share = -(-self.numel // torch.get_num_threads())
-        return {
-            "floor (static)": Contender(self.runner(share)),
-            "floor (dynamic)": Contender(self.runner(_C.chunk_size())),
-        }
-
-
 # --- the benchmarks ------------------------------------------------------------------------------------------------
-
-Quick = bool
-SMALL_QUARTERS = [50_000] * 3 + [49_999]  # enough for two threads
 
 
 def large(
@@ -227,12 +155,11 @@ def large(
         yield Row(f"{title}: traffic floor", note=f"skipped: {skipped}")
     samples = interleave(contenders, rounds=7 if quick else 25)
     if floors:
-        best = min(floors, key=lambda name: seconds(samples, name).median)
+        best = fastest(samples, floors)
         yield ratio_row(f"{title}: of the floor", samples, OURS, best, at_most(1.08))
         if FUSED in rivals:
             yield ratio_row(f"{title}: torch fused of the floor", samples, FUSED, best)
-        rates = [floor.bytes_per_element * floor.numel / value / 1e9 for value in samples[best].values()]
-        yield Row(f"{title}: the floor's {floor.bytes_per_element} bytes an element", Spread.of(rates), "GB/s")
+        yield Row(f"{title}: the floor's {floor.bytes_per_element} bytes an element", floor.rate(samples, best), "GB/s")
     for name in rivals:
         if name == FUSED:
             yield ratio_row(f"{title}: of torch fused", samples, OURS, FUSED, target)
@@ -545,6 +472,7 @@ BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {
     "radam": radam,
     "adagrad": adagrad,
     "sparse": sparse,
+    **phase.BENCHMARKS,
     "import": import_time,
     "build": build,
 }

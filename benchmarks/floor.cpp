@@ -38,6 +38,23 @@ struct Work {
       for (int k = 0; k < kWritten; ++k) stream[k + 1][i] ^= stream[0][i] & mask;
   }
 
+  // Reads only, in four places by turns, which is a tenth faster than in one. What is read under the mask, which is
+  // nothing, would be written.
+  void read(uint32_t* const* streams, int64_t begin, int64_t end) const {
+    constexpr int64_t kWidth = sizeof(Line) / sizeof(uint32_t);
+    constexpr int kPlaces = 4;
+    uint32_t* const from = streams[0] + begin;
+    const int64_t apart = (end - begin) / kPlaces / kWidth * kWidth;
+    Line lines[kPlaces] = {};
+    for (int64_t i = 0; i < apart; i += kWidth)
+      for (int k = 0; k < kPlaces; ++k) lines[k] |= *reinterpret_cast<const Line*>(from + k * apart + i);
+    const Line all = lines[0] | lines[1] | lines[2] | lines[3];
+    uint32_t seen = 0;
+    for (int64_t k = 0; k < kWidth; ++k) seen |= all[k];
+    for (int64_t i = kPlaces * apart; i < end - begin; ++i) seen |= from[i];
+    if (seen & mask) *from = seen;
+  }
+
   void run(int64_t begin, int64_t end) const {
     int64_t start = 0;
     for (int64_t t = 0; t < num_tensors && start < end; start += sizes[t++]) {
@@ -45,6 +62,10 @@ struct Work {
       const int64_t to = end - start < sizes[t] ? end - start : sizes[t];
       if (from >= to) continue;
       uint32_t* const* at = streams + t * num_streams;
+      if (num_streams == 1) {
+        read(at, from, to);
+        continue;
+      }
       num_streams == 3 ? span<2>(at, from, to) : num_streams == 4 ? span<3>(at, from, to) : span<4>(at, from, to);
     }
   }
@@ -61,7 +82,7 @@ struct Work {
 
 }  // namespace
 
-// num_streams is 3 (Adagrad), 4 (Adam) or 5 (AMSGrad).
+// num_streams is 1 (gradients alone), 3 (Adagrad), 4 (Adam) or 5 (AMSGrad).
 extern "C" void fusedopt_floor(uint32_t* const* streams, const int64_t* sizes, int64_t num_tensors, int num_streams,
                                int64_t chunk, int num_threads, uint32_t mask) {
   Work work{streams, sizes, num_tensors, 0, chunk, num_streams, mask};

@@ -20,6 +20,7 @@ import gc
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -29,6 +30,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,27 +44,32 @@ from torch.optim import Optimizer
 import fusedopt
 from fusedopt._config import _C
 
-from . import harness
-from .cpu import (
+from . import harness, phase
+from .cpu import LOOKUPS, WIDTH, Renew, assigned, distinct, kept
+from .harness import (
     FIRST_STEPS,
     FOREACH,
     FUSED,
     KINDS,
-    LOOKUPS,
     LOOP,
     MI,
     OURS,
-    WIDTH,
+    SMALL_QUARTERS,
+    Contender,
     Quick,
-    Renew,
-    assigned,
+    Row,
+    Samples,
+    Skipped,
+    Spread,
+    Target,
+    at_least,
+    at_most,
     available,
-    distinct,
-    kept,
     make_optimizer,
     make_optimizers,
+    ratio_row,
 )
-from .harness import Contender, Row, Samples, Skipped, Spread, Target, at_least, at_most, ratio_row
+from .phase import ALL, AMP, AMP_OWN, CLIP, EMA, SKIP, STATS, TORCH, WAYS
 
 sys.path.append(str(harness.ROOT / "tests"))
 from reference import assert_same_bits
@@ -109,9 +116,19 @@ def assert_close(actual: Tensor, expected: Tensor, message: str) -> None:
     assert bool((excess <= 1).all()), f"{message}: off by {float(excess.max()):.3g} x the tolerance, {tolerance:g}"
 
 
+Trained = tuple[list[Parameter], Any]  # with their optimizer
+
+
+def assert_same_training(name: str, same: Callable[..., None], actual: Trained, expected: Trained) -> None:
+    for at, (param, twin) in enumerate(zip(actual[0], expected[0], strict=True)):
+        same(param, twin, f"{name}: parameter {at}")
+        for key, value in expected[1].state[twin].items():
+            same(actual[1].state[param][key], value, f"{name}: {key} of parameter {at}")
+
+
 def trained(
     kind: str, values: list[Tensor], grads: list[list[Tensor]], device: str, renew: Renew, **options: Any
-) -> tuple[list[Parameter], Optimizer]:
+) -> Trained:
     """Parameters of these values, and their optimizer, after a step with each of the lists of gradients."""
     params = [Parameter(value.to(device, copy=True)) for value in values]
     sources = [grad.to(device, copy=True) for grad in grads[0]]
@@ -145,18 +162,15 @@ def check(
     first = first or [torch.randn(shape, generator=g) for shape in shapes]
     grads = [[(grad * 0.75**step).to(dtype) for grad in first] for step in range(FIRST_STEPS[algorithm] + 2)]
     options = {"lr": CHECK_LR[dtype], "algorithm": algorithm, **options}
-    expected, reference = trained(OURS, values, grads, "cpu", renew, **options)
+    expected = trained(OURS, values, grads, "cpu", renew, **options)
 
     right: list[str] = []
     notes: list[Row] = []
     for kind in [kind for kind in kinds if available(kind, algorithm)]:
         same = assert_same_bits if kind in (OURS, CAPTURABLE) else assert_close
         try:
-            actual, optimizer = trained(kind, values, grads, DEVICE, renew, **options)
-            for at, (param, twin) in enumerate(zip(actual, expected, strict=True)):
-                same(param, twin, f"{kind}: parameter {at}")
-                for name, value in reference.state[twin].items():
-                    same(optimizer.state[param][name], value, f"{kind}: {name} of parameter {at}")
+            actual = trained(kind, values, grads, DEVICE, renew, **options)
+            assert_same_training(kind, same, actual, expected)
             right.append(kind)
         except AssertionError as wrong:
             if kind == OURS:
@@ -511,6 +525,119 @@ def host(quick: Quick) -> Iterator[Row]:
     yield Row(COMPILED, note="skipped: not tried on so many tensors")
 
 
+# --- clipping, skipping, averaging, measuring ----------------------------------------------------------------------
+
+
+def check_ways(shapes: Sequence[Shape], names: Sequence[str]) -> tuple[list[str], list[Row]]:
+    """As `check`, of benchmarks/phase.py's ways."""
+    g = torch.Generator().manual_seed(1)
+    values = [torch.randn(shape, generator=g) for shape in shapes]
+    grads = [[0.75**step * torch.randn(shape, generator=g) for shape in shapes] for step in range(3)]
+    max_norm = 0.1 * math.sqrt(sum(value.numel() for value in values))
+
+    def trained_by(way: phase.Way, device: str) -> Trained:
+        params = [Parameter(value.to(device, copy=True)) for value in values]
+        optimizer, step = way.make(params, max_norm, scale=3.0, lr=CHECK_LR[torch.float32])
+        for step_grads in grads:
+            for param, grad in zip(params, step_grads, strict=True):
+                param.grad = grad.to(device, copy=True)
+            step()
+        return params, optimizer
+
+    right: list[str] = []
+    notes: list[Row] = []
+    for name in names:
+        way = WAYS[name]
+        try:
+            actual, expected = trained_by(way, DEVICE), trained_by(replace(way, kind=OURS), "cpu")
+            assert_same_training(name, assert_same_bits if way.kind == OURS else assert_close, actual, expected)
+            if way.kind == OURS and way.reads_first:
+                assert_same_bits(actual[1].grad_norm, expected[1].grad_norm, f"{name}: the norm")
+            if way.options.get("stats"):
+                assert actual[1].stats() == expected[1].stats(), f"{name}: other statistics"
+            right.append(name)
+        except AssertionError as wrong:
+            if way.kind == OURS:
+                raise
+            notes.append(Row(f"{name}, checked", note=f"{REFUSED}: {wrong}"))
+    return right, notes
+
+
+def own_launches(steps: Mapping[str, Callable[[], object]]) -> Iterator[Row]:
+    """How many kernels fusedopt launches in a step: one, and one more to read the gradients first."""
+    for name, step in steps.items():
+        way = WAYS[name]
+        if way.kind == OURS:
+            before = _C.units_run()["cuda"]
+            step()
+            count = _C.units_run()["cuda"] - before
+            yield Row(f"launches of {name}", Spread.of([count]), "", at_most(2 if way.reads_first else 1))
+
+
+def phase_large(quick: Quick) -> Iterator[Row]:
+    """AdamW of 64M elements in 4 tensors: clipping, skipping, statistics and averages in the step."""
+    names = [OURS, CLIP, SKIP, STATS, EMA, ALL, phase.CLIP_TORCH, phase.ALL_TORCH]
+    right, notes = check_ways([(size,) for size in SMALL_QUARTERS], names)
+    yield from notes
+    params = make_parameters([(16 * MI,)] * 4)
+    _, steps = phase.make_ways(params, right)
+    copy, timer = Copy(), Timer()
+    contenders = {name: Contender(step) for name, step in steps.items()}
+    samples = take_turns({**contenders, COPY: copy.contender()}, timer.device, rounds_for(quick))
+    for name in (CLIP, SKIP, STATS, EMA, ALL):
+        size = WAYS[name].bytes_per_element * sum(param.numel() for param in params)
+        samples[FLOOR] = {round_: size / rate for round_, rate in copy.rates(samples).items()}
+        yield from compare(f"{name}: of copy", samples, FLOOR, name)
+    for name in (CLIP, SKIP, STATS, EMA, ALL):
+        yield from compare(f"{name}: of the step without", samples, name, OURS)
+    yield from compare(f"{CLIP}: faster than torch", samples, phase.CLIP_TORCH, CLIP)
+    yield from compare(f"{ALL}: faster than torch", samples, phase.ALL_TORCH, ALL)
+    yield from timer.waits("")
+    yield from own_launches(steps)
+
+
+def phase_amp(quick: Quick) -> Iterator[Row]:
+    """The same under a GradScaler: unscale, look for infs, clip, step."""
+    right, notes = check_ways([(size,) for size in SMALL_QUARTERS], [AMP, AMP_OWN, phase.AMP_TORCH])
+    yield from notes
+    _, steps = phase.make_ways(make_parameters([(16 * MI,)] * 4), right)
+    del steps[OURS]
+    timer = Timer()
+    contenders = {name: Contender(step) for name, step in steps.items()}
+    for title, measure in (("device", timer.device), ("wall", timer.wall)):
+        samples = take_turns(contenders, measure, rounds_for(quick))
+        for whose, name in (("torch's", AMP), ("fusedopt's", AMP_OWN)):
+            yield from compare(f"{title}, {whose} scaler: faster", samples, phase.AMP_TORCH, name)
+        yield from timer.waits("")
+    yield from own_launches(steps)
+
+
+def phase_many(quick: Quick) -> Iterator[Row]:
+    """Clipping in the step of 10,000 tensors of 10 elements."""
+    shapes: list[Shape] = [(10,)] * 10_000
+    right, notes = check_ways(shapes[:1000], [CLIP, phase.CLIP_TORCH])
+    yield from notes
+    _, steps = phase.make_ways(make_parameters(shapes), right)
+    del steps[OURS]
+    timer = Timer()
+    contenders = {name: Contender(step) for name, step in steps.items()}
+    for title, measure in (("wall", timer.wall), ("host", timer.host)):
+        samples = take_turns(contenders, measure, rounds_for(quick))
+        yield from compare(f"{title}: faster than torch", samples, phase.CLIP_TORCH, CLIP)
+
+
+def clip_norm(quick: Quick) -> Iterator[Row]:
+    """clip_grad_norm_ by itself: 64M elements in 4 tensors, and 10,000 tensors of 10."""
+    timer = Timer()
+    for title, size, count in (("64M", 16 * MI, 4), ("10,000 x 10", 10, 10_000)):
+        phase.check_clip_grad_norm(make_parameters([(min(size, 50_000),)] * min(count, 1000)))
+        contenders = phase.clippers(make_parameters([(size,)] * count))
+        for what, measure in (("device", timer.device), ("wall", timer.wall)):
+            samples = take_turns(contenders, measure, rounds_for(quick))
+            yield from compare(f"{title}, {what}: faster than torch's", samples, TORCH, OURS)
+            yield from timer.waits(f"{title}, ")
+
+
 # --- those that need parameters of their own -----------------------------------------------------------------------
 
 Maker = Callable[[list[Parameter], dict[str, Any]], tuple[Optimizer, Callable[[], object]]]
@@ -647,6 +774,10 @@ BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {
     "radam": llama_radam,
     "adagrad": llama_adagrad,
     "sparse": sparse,
+    "phase": phase_large,
+    "phase-amp": phase_amp,
+    "phase-many": phase_many,
+    "clip-norm": clip_norm,
     "others": others,
     "comp-gpt2": compiled_gpt2,
     "comp-llama": compiled_llama,

@@ -1,8 +1,11 @@
-"""What every benchmark shares: interleaved timing, ratios within a round, the table and the JSON."""
+"""What every benchmark shares: contenders, interleaved timing, ratios, the traffic floor, the table and the JSON."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
+import inspect
 import json
 import os
 import platform
@@ -11,6 +14,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,8 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
 import fusedopt
+from fusedopt._config import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,11 +139,123 @@ def seconds(samples: Samples, name: str) -> Spread:
     return Spread.of(list(samples[name].values()))
 
 
+def fastest(samples: Samples, names: Sequence[str]) -> str:
+    return min(names, key=lambda name: seconds(samples, name).median)
+
+
 def ratio_row(title: str, samples: Samples, top: str, bottom: str, target: Target | None = None) -> Row:
     """The row of time `top` over time `bottom`, paired by round."""
     common = [round_ for round_ in samples[top] if round_ in samples[bottom]]
     value = Spread.of([samples[top][round_] / samples[bottom][round_] for round_ in common])
     return Row(title, value, "x", target, {name: seconds(samples, name) for name in (top, bottom)})
+
+
+# --- what is compared ----------------------------------------------------------------------------------------------
+
+Quick = bool
+MI = 2**20
+SMALL_QUARTERS = [50_000] * 3 + [49_999]  # enough for two threads
+OURS, FUSED, FOREACH, LOOP = "fusedopt", "torch fused", "torch foreach", "torch loop"
+# The module that has the class, and the options that choose.
+KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
+    OURS: (fusedopt, {}),
+    FUSED: (torch.optim, {"fused": True}),
+    FOREACH: (torch.optim, {"foreach": True}),
+    LOOP: (torch.optim, {"foreach": False}),
+}
+FIRST_STEPS = {"Adam": 1, "RAdam": 6, "Adagrad": 1}  # untimed: RAdam's sixth is the first that is rectified
+
+
+def make_parameters(sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:
+    """Separately allocated parameters, each with a gradient: standard normal, both."""
+    g = torch.Generator().manual_seed(seed)
+
+    def values(size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype).normal_(generator=g)
+
+    params = [Parameter(values(size)) for size in sizes]
+    for param in params:
+        param.grad = values(param.numel())
+    return params
+
+
+def available(kind: str, algorithm: str) -> bool:
+    """Whether the algorithm has this kind: torch's RAdam has no fused one."""
+    module, chosen = KINDS[kind]
+    return chosen.keys() <= inspect.signature(getattr(module, algorithm)).parameters.keys()
+
+
+def make_optimizer(kind: str, params: Sequence[Parameter], algorithm: str = "Adam", **options: Any) -> Optimizer:
+    module, chosen = KINDS[kind]
+    return getattr(module, algorithm)(params, **chosen, **options)
+
+
+def make_optimizers(
+    params: list[Parameter], kinds: Sequence[str], algorithm: str = "Adam", **options: Any
+) -> dict[str, Optimizer]:
+    """One optimizer of each available kind, on the same parameters and state; the step counts are each one's own."""
+    ours = make_optimizer(OURS, params, algorithm, **options)
+    for _ in range(FIRST_STEPS[algorithm]):
+        ours.step()
+    optimizers = {OURS: ours}
+    for kind in kinds:
+        if kind == OURS or not available(kind, algorithm):
+            continue
+        optimizers[kind] = share_state(ours, make_optimizer(kind, params, algorithm, **options))
+    return optimizers
+
+
+def share_state(source: Optimizer, made: Optimizer) -> Optimizer:
+    """Give an optimizer the state of another on the same parameters; the step counts are its own."""
+    on_device = any(made.defaults.get(option) for option in ("fused", "capturable", "skip_nonfinite"))
+    for param, state in source.state.items():
+        step = state["step"].to(param.device if on_device else "cpu", copy=True)
+        made.state[param] = {**state, "step": step}
+    return made
+
+
+# --- the traffic floor ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled_floor() -> Callable[..., object]:
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "floor.so"
+        compile_library(Path(__file__).with_name("floor.cpp"), library)
+        return ctypes.CDLL(str(library)).fusedopt_floor
+
+
+class Floor:
+    """benchmarks/floor.cpp on the streams of an optimizer's step; without an optimizer, on the gradients alone."""
+
+    def __init__(self, params: list[Parameter], optimizer: Optimizer | None = None) -> None:
+        self._run = compiled_floor()
+        streams: list[list[Tensor | None]] = [[param.grad] for param in params]
+        if optimizer is not None:
+            for row, param in zip(streams, params, strict=True):
+                row += [param, *(value for name, value in optimizer.state[param].items() if name != "step")]
+        self.bytes_per_element = 4 * (2 * len(streams[0]) - 1)
+        self.numel = sum(param.numel() for param in params)
+        pointers = [stream.data_ptr() for row in streams for stream in row if stream is not None]
+        self._streams = (ctypes.c_void_p * len(pointers))(*pointers)
+        self._sizes = (ctypes.c_int64 * len(params))(*[param.numel() for param in params])
+        self._counts = (ctypes.c_int64(len(params)), ctypes.c_int(len(streams[0])))
+
+    def runner(self, chunk: int) -> Callable[[], object]:
+        threads, mask = ctypes.c_int(torch.get_num_threads()), ctypes.c_uint32(0)
+        return lambda: self._run(self._streams, self._sizes, *self._counts, ctypes.c_int64(chunk), threads, mask)
+
+    def contenders(self, name: str = "floor") -> dict[str, Contender]:
+        """The elements shared out beforehand, and taken in small pieces."""
+        share = -(-self.numel // torch.get_num_threads())
+        return {
+            f"{name} (static)": Contender(self.runner(share)),
+            f"{name} (dynamic)": Contender(self.runner(_C.chunk_size())),
+        }
+
+    def rate(self, samples: Samples, name: str) -> Spread:
+        """GB/s."""
+        return Spread.of([self.bytes_per_element * self.numel / value / 1e9 for value in samples[name].values()])
 
 
 # --- where it ran --------------------------------------------------------------------------------------------------
@@ -166,7 +286,7 @@ def commit() -> str | None:
 
 def machine() -> dict[str, Any]:
     memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
-    info = fusedopt._config._C.build_info()
+    info = _C.build_info()
     return {
         "machine": platform.machine(),
         "processor": processor(),

@@ -40,16 +40,17 @@ class FusedOptimizer(Optimizer):
             norm of all gradients of all groups is at most this; the gradients themselves are not written (default:
             None: do not). :attr:`grad_norm` is the norm before.
         norm_type: of `max_grad_norm`: 2.0 or inf (default: 2.0).
-        skip_nonfinite: a step whose gradients hold an inf or nan changes nothing: no parameter, no state, no step count.
-            Decided without waiting for the device; on CUDA the step counts therefore lie there (default: False).
-            :attr:`skipped_steps` counts them.
+        skip_nonfinite: a step whose gradients hold an inf or nan changes nothing: no parameter, no state, no step
+            count. Decided without waiting for the device; on CUDA the step counts therefore lie there (default:
+            False). :attr:`skipped_steps` counts them.
         ema_decay: keep an exponential moving average of the weights in the state, as "ema", equal to that of
             :func:`torch.optim.swa_utils.get_ema_multi_avg_fn` (default: None: do not). See :meth:`ema_weights`.
         stats: measure each parameter's step (default: False). See :meth:`stats`.
 
     Raises:
         ValueError: one of these is out of range or, in :meth:`step`, not the same in all groups.
-        RuntimeError: in :meth:`step`, with `max_grad_norm`, `skip_nonfinite` or `stats`, for parameters on several devices.
+        RuntimeError: in :meth:`step`, with `max_grad_norm`, `skip_nonfinite` or `stats`, for parameters on several
+            devices.
 
     The order of a step is: unscale (GradScaler), measure the norm, decide to skip, clip, weight decay and update,
     average, measure. `docs/phase.md` tells what each costs.
@@ -58,6 +59,7 @@ class FusedOptimizer(Optimizer):
     _rule: str
     # Options that the torch class does not have, with the values at which ours does what it does.
     _own_options: ClassVar[dict[str, Any]] = {}
+    _report_inf: Tensor | None  # of fusedopt.GradScaler, for one step: where to say whether a gradient was inf or nan
     _phase_options: ClassVar[dict[str, Any]] = {
         "max_grad_norm": None,
         "norm_type": 2.0,
@@ -223,15 +225,16 @@ class FusedOptimizer(Optimizer):
         :class:`fusedopt.GradScaler`.
         """
         answer = self._found("answer")
-        if answer is None:
+        if answer is None or not self._stepper.has_norm:
             return None
         return answer[0].to(torch.float64 if self._stepper.norm_is_double else torch.float32, copy=True)
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps of this optimizer were skipped for an inf or nan: a 0-d int64 tensor on the gradients' device.
+        """How many steps were skipped for an inf or nan: a 0-d int64 tensor on the gradients' device.
 
-        Those that a GradScaler decided are counted too, if it handed its verdict to the step. Not saved in `state_dict`.
+        Those that a GradScaler decided are counted too, if it handed its verdict to the step. Not saved in
+        `state_dict`.
         """
         answer = self._found("answer")
         return torch.zeros((), dtype=torch.int64) if answer is None else answer[3].to(torch.int64)
@@ -249,8 +252,11 @@ class FusedOptimizer(Optimizer):
         - `lost_updates`: how many elements had an update (the rule's own, decoupled decay aside) that was not zero and
           yet left them as they were, because it was rounded away.
 
-        Norms are accumulated in double and given in the precision of the parameter's arithmetic. After a skipped step,
-        if the skip was decided by the gradients, they are of that step, and nothing changed.
+        Norms are given in the precision of the parameter's arithmetic, and accumulated in double, from short sums of
+        squares in that arithmetic (so in float32 the `update_norm` knows no changes below 1e-19, and is inf from about
+        4e18; g and p are not affected).
+        Of a parameter with a sparse gradient all are those of the touched elements. After a skipped step, if the
+        gradients decided it, they are of that step, and nothing changed.
 
         Raises:
             RuntimeError: `stats` is not set, or no step was made since.
@@ -322,7 +328,7 @@ class FusedOptimizer(Optimizer):
     def _new_states(
         self, missing: list[tuple[Tensor, list[str], dict[str, Any]]]
     ) -> tuple[list[dict[str, Tensor]], bool]:
-        """State that parameters have not yet, and whether none has an "ema"; each is given with the names and its group.
+        """State that parameters have not yet, and whether none has an "ema"; each comes with the names and its group.
 
         The step counts of a device are views of one buffer. As in torch, they live beside CUDA parameters if the group
         is capturable or fused, else on the CPU. An "ema" begins with what the parameter is.

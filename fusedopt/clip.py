@@ -26,9 +26,9 @@ def clip_grad_norm_(
     r"""Scale gradients in place so that the norm of all of them is at most `max_norm`; return the norm before.
 
     A drop-in for :func:`torch.nn.utils.clip_grad_norm_`: every gradient is multiplied by
-    :math:`\min(1, max\_norm / (norm + 10^{-6}))`. One pass (on CUDA one launch a dtype) reads all gradients for the norm,
-    one scales them; an optimizer's `max_grad_norm` saves the second. The norm is accumulated in double, in an order that
-    depends on neither threads nor device. As in torch, reading it does not wait for the device.
+    :math:`\min(1, max\_norm / (norm + 10^{-6}))`. One pass (on CUDA one launch a dtype) reads all gradients for the
+    norm, one scales them; an optimizer's `max_grad_norm` saves the second. The norm is accumulated in double, in an
+    order that depends on neither threads nor device. As in torch, the device is not waited for.
 
     Args:
         parameters: a tensor, or tensors, whose `.grad` is scaled; those without one are passed over.

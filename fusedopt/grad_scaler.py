@@ -23,6 +23,13 @@ class GradScaler(torch.amp.GradScaler):
         device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as torch's.
     """
 
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """As torch's; the verdict is found in the optimizer's step, without waiting for the device."""
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            vars(optimizer).pop("_report_inf", None)  # if a hook has raised
+
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """torch's step() calls this where nobody has unscaled; what it finds, update() looks at."""
         if isinstance(optimizer, FusedOptimizer):
@@ -30,8 +37,7 @@ class GradScaler(torch.amp.GradScaler):
             if device is not None:
                 verdict = torch.zeros((), device=device)
                 optimizer._report_inf = verdict
-                found: dict[str, Any] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-                found.clear()
-                found[verdict.device] = verdict
+                found: dict[Any, Any] = {verdict.device: verdict}
+                self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
                 return found
         return super()._check_inf_per_device(optimizer)

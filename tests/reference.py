@@ -175,7 +175,13 @@ class Transcription(abc.ABC):
         return {name: torch.zeros_like(param).detach() for name in self.names}
 
     def step(
-        self, param: Tensor, grad: Tensor, state: State, count: int, inv_scale: float | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        count: int,
+        inv_scale: float | None = None,
+        clip: float | None = None,
     ) -> tuple[Tensor, State]:
         """Return the parameter and its state after one step, whose count is `count`. The arguments are left alone."""
         op = _NUMPY[_opmath(param.dtype)]
@@ -187,6 +193,8 @@ class Transcription(abc.ABC):
             g = load(grad)
             if inv_scale is not None:
                 g = g * op(inv_scale)
+            if clip is not None:
+                g = g * op(clip)
             if self.group["maximize"]:
                 g = -g
             p, new = self._step(op, load(param), g, {name: load(state[name]) for name in self.names}, count)

@@ -33,7 +33,8 @@ def load_database() -> Any:
 
 
 DB = load_database()
-OURS = {name: getattr(fusedopt, name) for name in fusedopt.__all__ if isinstance(getattr(fusedopt, name), type)}
+PUBLIC = {name: getattr(fusedopt, name) for name in fusedopt.__all__}
+OURS = {name: cls for name, cls in PUBLIC.items() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)}
 INFOS = {info.name: info for info in DB.optim_db if info.name in OURS}
 assert set(INFOS) == set(OURS)
 

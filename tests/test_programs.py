@@ -10,6 +10,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,7 +87,7 @@ def test_other_threads_run_during_a_step() -> None:
             time.sleep(0)  # lets go of the GIL
 
     native = optimizer._stepper.step
-    arguments = optimizer.param_groups, optimizer.state, optimizer._new_states, None, None, 1
+    arguments = optimizer, optimizer.param_groups, optimizer.state, None, None, None, 1
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000.0)
     thread = threading.Thread(target=count, daemon=True)
@@ -256,6 +258,27 @@ def test_spawned_process(tmp_path: Any) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not find_spec("tensorboard"), reason="examples/telemetry.py writes for tensorboard")
+def test_telemetry_example(tmp_path: Path) -> None:
+    """It writes a curve for each statistic of each parameter, and sees bfloat16 lose the updates that float32 keeps."""
+    program = Path(__file__).parent.parent / "examples" / "telemetry.py"
+    done = subprocess.run(
+        [sys.executable, str(program), "--steps", "20", "--every", "5", "--out", str(tmp_path)],
+        capture_output=True, text=True, timeout=LIMIT, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"tensorboard --logdir {tmp_path}" in done.stdout
+    [gains] = [line.split() for line in done.stdout.splitlines() if "of gains" in line]
+    float32, bfloat16 = (float(share.rstrip("%")) for share in gains[-2:])
+    assert float32 < 5 and bfloat16 > 95  # they begin at 1, where bfloat16 numbers are 0.004 apart
+    for dtype in ("float32", "bfloat16"):
+        [events] = (tmp_path / dtype).iterdir()
+        written = events.read_bytes()
+        for tag in ("all/grad_norm", "all/skipped_steps", "lost_updates/norm.weight", "update_norm/norm.bias"):
+            assert tag.encode() in written, f"{tag} of {dtype}"
 
 
 IMPORT = """

@@ -57,6 +57,14 @@ __attribute__((always_inline)) inline void each_lane(int64_t end, F f) {
   }
 }
 
+// The first n elements of a lane, and zeros.
+template <class Lane>
+Lane head(Lane lane, int n) {
+  typename Lane::Scalar values[Lane::kWidth];
+  lane.store(values);
+  return Lane::load(static_cast<const typename Lane::Scalar*>(values), n);
+}
+
 template <class Lane>
 typename Lane::Scalar largest_of(Lane lane) {
   typename Lane::Scalar values[Lane::kWidth];

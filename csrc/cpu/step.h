@@ -69,7 +69,9 @@ struct Dense {
           [&](Lane grad, Lane before, Lane after, Lane added) __attribute__((always_inline)) {
             if constexpr (!Rule::kReadsGrad) grad = Lane::load(grad_at + i, n...);
             if (unclipped) grad = Lane::load(unclipped + i, n...);
-            if constexpr (sizeof(S) != sizeof(T)) after = Lane::load(param_at + i, n...);  // as it was rounded
+            // As it was rounded; and beyond a tail's end there is nothing to be seen.
+            if constexpr (sizeof(S) != sizeof(T) || sizeof...(n) > 0) after = Lane::load(param_at + i, n...);
+            if constexpr (sizeof...(n) > 0) added = head(added, n...);
             run.include(at, Common::value(as_computed, grad), before, after, added);
           },
           n...);

@@ -1,6 +1,8 @@
 // From a rule's id and a dtype to a kernel's template arguments: every kernel there is, in one place.
 #pragma once
 
+#include <type_traits>
+
 #include "../rules/rules.h"
 #include "../table.h"
 
@@ -18,13 +20,13 @@ void dispatch_dtype(DType dtype, A... args) {
   }
 }
 
-// Rules that are no optimizer's have full kernels only.
+// Rules that are no optimizer's have full kernels only; Pause is a part of others'.
 template <template <class, class, class, bool> class F, class Rule, class... A>
 void dispatch_rule(DType dtype, bool full, A... args) {
   if constexpr (Rule::kCountsSteps) {
     if (!full) return dispatch_dtype<F, Rule, false>(dtype, args...);
   }
-  dispatch_dtype<F, Rule, true>(dtype, args...);
+  if constexpr (!std::is_same_v<Rule, Pause>) dispatch_dtype<F, Rule, true>(dtype, args...);
 }
 
 template <template <class, class, class, bool> class F, class... R, class... A>

@@ -34,14 +34,14 @@ class OutsideCapture {
 };
 
 // Blocks that a multiprocessor must have room for; 0 leaves it to the compiler. By what was found with
-// tests/check_sass.py: nothing spills on any architecture, and each has room for two blocks at the least, whose loads
-// are more than a memory with a latency of a microsecond needs to be busy.
+// tests/check_sass.py: nothing spills on any architecture, and each but the full ones of float64 has room for two blocks
+// at the least, whose loads are more than a memory with a latency of a microsecond needs to be busy.
 template <class Rule, class S, bool kFull>
 constexpr int min_blocks() {
   constexpr bool many_scalars = sizeof(typename Rule::template Scalars<float>) > 48;
   constexpr bool has_sparse = Rule::kSparseVariant >= 0;
-  if (kFull) return sizeof(S) == 4 ? 3 : 2;
-  return sizeof(S) == 2 ? (many_scalars ? 2 : 3) : sizeof(S) == 8 && has_sparse ? 3 : 0;
+  if (kFull) return sizeof(S) == 8 ? 1 : 2;
+  return sizeof(S) == 2 ? (many_scalars ? 2 : 3) : has_sparse ? 3 : 0;
 }
 
 // Is this the last block to come here? Then it finds what all others have written.
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Rule, S, kFull>())
   step_thread<Rule, S, T, kFull>(args, blockIdx.x, gridDim.x, threadIdx.x);
   if (!kFull || !is_last_block(args.at.blocks_done)) return;
   // All blocks have read the step counts.
-  finish_stats(args.at, sizeof(T) == sizeof(double), threadIdx.x);
+  if (Rule::kHasCompany) finish_stats(args.at, sizeof(T) == sizeof(double), threadIdx.x);
   count_steps<Rule, T>(args, threadIdx.x);
 }
 

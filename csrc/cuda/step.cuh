@@ -119,10 +119,30 @@ FUSEDOPT_DEVICE void include(StatsPart* mine, T grad, T before, T after, T chang
   mine->lost += change != 0 && before == after;
 }
 
+// Adds what each thread of a block has seen to the chunk's part, which the first thread writes.
+FUSEDOPT_DEVICE void add_stats(const StatsPart& mine, StatsPart* part, int thread) {
+#ifdef __CUDA_ARCH__
+  __shared__ StatsPart warps[kThreads / 32];
+  const StatsPart sum = warp_sum<StatsPart>(thread % 32, [&](int) { return mine; });
+  if (thread % 32 == 0) warps[thread / 32] = sum;
+  __syncthreads();
+  if (thread == 0) {
+    StatsPart all = *global(part);
+    for (int w = 0; w < kThreads / 32; ++w) all = combine(all, warps[w]);
+    *global(part) = all;
+  }
+  __syncthreads();
+#else
+  (void)thread;
+  *part = combine(*part, mine);
+#endif
+}
+
 // The parameter and its state in storage type S, the gradient in the same. kFull: with a moving average of the weights
 // and statistics, where they are wanted.
-template <class Rule, int variant, class S, class T, bool kFull>
+template <class Rule, int variant, class S, class T, bool full>
 struct Update {
+  static constexpr bool kFull = full && Rule::kHasCompany;
   static constexpr int kNumStates = Rule::num_states(variant);
   static constexpr int kNumStreams = kState + kNumStates;
   static constexpr int kEma = kNumStreams;  // the stream behind them
@@ -148,8 +168,10 @@ struct Update {
     return Common::value(s, grad);
   }
 
+  // `stats`: the chunk's part, null if they are not wanted.
   FUSEDOPT_DEVICE static void vectors(const Scalars& s, std::byte* const* data, Ema ema, StatsPart* stats,
                                       int64_t begin, int64_t end, int thread) {
+    StatsPart mine{};
     // No more than four elements are worked on at once: more would need too many registers.
     using Lane = portable::Lane<T, (kWidth < 4 ? kWidth : 4)>;
     for (int64_t i = begin + thread * kWidth; i < end; i += kThreads * kWidth) {
@@ -179,7 +201,7 @@ struct Update {
           if (stats) {
             const Lane g = unclipped(s, grad);
 #pragma unroll
-            for (int k = 0; k < Lane::kWidth; ++k) include(stats, g.v[k], before.v[k], after.v[k], change.v[k]);
+            for (int k = 0; k < Lane::kWidth; ++k) include(&mine, g.v[k], before.v[k], after.v[k], change.v[k]);
           }
         }
       }
@@ -190,10 +212,11 @@ struct Update {
       }
       if (has_ema) reinterpret_cast<Vector*>(global(data[kEma]) + i * sizeof(S))[0] = vector[kEma];
     }
+    if (kFull && stats) add_stats(mine, stats, thread);
   }
 
   // `at`: where each stream has it.
-  FUSEDOPT_DEVICE static void element(const Scalars& s, S* const* at, Ema ema, StatsPart* stats) {
+  FUSEDOPT_DEVICE static void element(const Scalars& s, S* const* at, Ema ema, bool stats, StatsPart* mine) {
     using Lane = portable::Lane<T, 1>;
     Lane param(Lane::widen(*global(at[kParam])));
     Lane grad(T(0));
@@ -214,7 +237,7 @@ struct Update {
         const Lane old(Lane::widen(*global(at[kEma])));
         *global(at[kEma]) = Lane::narrow(averaged(s, ema, old, after).v[0], S{});
       }
-      if (stats) include(stats, unclipped(s, computed).v[0], before.v[0], after.v[0], change.v[0]);
+      if (stats) include(mine, unclipped(s, computed).v[0], before.v[0], after.v[0], change.v[0]);
     }
   }
 
@@ -224,11 +247,13 @@ struct Update {
                                             const Layout::Dim* dims, Ema ema, StatsPart* stats, int64_t begin,
                                             int64_t end, int thread) {
     const Row& row = *global(row_at);
+    StatsPart mine{};
     for (int64_t i = begin + thread; i < end; i += kThreads) {
       int64_t offset[kNumStreams + kFull];
       find<kNumStreams + kFull>(row, dims, i, offset);
-      element_at(s, row, grad, offset, ema, stats);
+      element_at(s, row, grad, offset, ema, stats != nullptr, &mine);
     }
+    if (kFull && stats) add_stats(mine, stats, thread);
   }
 
   // The same for a sparse gradient, whose indices are in order, each but once. One that is out of range cannot be told
@@ -240,6 +265,7 @@ struct Update {
     const SparseGrad& sparse = *global(sparse_at);
     if (sparse.is_one_element) s.flags |= Common::kOneElement;
     const Layout::Dim* outer = dims + row.layout - sparse.num_dims;
+    StatsPart mine{};
     for (int64_t i = begin + thread; i < end; i += kThreads) {
       const int64_t value = i / sparse.row_numel;
       int64_t offset[kNumStreams + kFull];
@@ -253,17 +279,18 @@ struct Update {
 #pragma unroll
         for (int k = 0; k < kNumStreams; ++k) offset[k] += index * dim.stride[k];
       }
-      if (is_inside) element_at(s, row, grad, offset, Ema::kNone, stats);
+      if (is_inside) element_at(s, row, grad, offset, Ema::kNone, stats != nullptr, &mine);
     }
+    if (kFull && stats) add_stats(mine, stats, thread);
   }
 
   FUSEDOPT_DEVICE static void element_at(const Scalars& s, const Row& row, std::byte* grad, const int64_t* offset,
-                                         Ema ema, StatsPart* stats) {
+                                         Ema ema, bool stats, StatsPart* mine) {
     S* at[kNumStreams + kFull];
 #pragma unroll
     for (int k = 0; k < kNumStreams + kFull; ++k)
       at[k] = reinterpret_cast<S*>(k == kGrad ? grad : row.data[k]) + offset[k];
-    element(s, at, ema, stats);
+    element(s, at, ema, stats, mine);
   }
 
   // Elements [begin, end) of a row.
@@ -350,28 +377,20 @@ FUSEDOPT_DEVICE void run_variant(const typename Rule::template Scalars<T>& s, co
   Update<Rule, variant, S, T, kFull>::run(s, row, grad, table, ema, stats, begin, end, thread);
 }
 
+template <class S, class T>
+FUSEDOPT_DEVICE void run_paused(const Common::Scalars<T>& s, const Row& row, std::byte* grad, const Where& table,
+                                StatsPart* stats, int64_t begin, int64_t end, int thread) {
+  if (row.sparse >= 0) {
+    Update<Pause, 1, S, T, true>::run(s, row, grad, table, Ema::kNone, stats, begin, end, thread);
+  } else {
+    Update<Pause, 0, S, T, true>::run(s, row, grad, table, Ema::kNone, stats, begin, end, thread);
+  }
+}
+
 // Is nothing to move, because the gradients, or GradScaler, say so?
 FUSEDOPT_DEVICE bool is_skipped(const Where& at) {
   if (at.norm_parts && *global(at.answer + kSkip) != 0) return true;
   return at.found_inf && *global(at.found_inf) != 0;
-}
-
-// Adds a thread's part of a chunk's statistics to the others'.
-FUSEDOPT_DEVICE void add_stats(const StatsPart& mine, StatsPart* part, int thread) {
-#ifdef __CUDA_ARCH__
-  __shared__ StatsPart warps[kThreads / 32];
-  const StatsPart sum = warp_sum<StatsPart>(thread % 32, [&](int) { return mine; });
-  if (thread % 32 == 0) warps[thread / 32] = sum;
-  __syncthreads();
-  if (thread == 0) {
-    StatsPart all = warps[0];
-    for (int w = 1; w < kThreads / 32; ++w) all = combine(all, warps[w]);
-    *global(part) = all;
-  }
-  __syncthreads();
-#else
-  *part = thread == 0 ? mine : combine(*part, mine);
-#endif
 }
 
 // All chunks of one thread of one block. kFull: there are step counts on the device, or what measures.h has, or a moving
@@ -380,7 +399,7 @@ template <class Rule, class S, class T, bool kFull>
 FUSEDOPT_DEVICE void step_thread(const Args<Rule, T>& args, int64_t block, int64_t num_blocks, int thread) {
   using Scalars = typename Rule::template Scalars<T>;
   const bool skips = kFull && is_skipped(args.at);
-  if (skips && !args.at.stats) return;
+  if (skips && !(Rule::kHasCompany && args.at.stats)) return;
   Scalars s;
   int32_t scalars_of = -1;
   double scalars_at = 0;
@@ -413,16 +432,13 @@ FUSEDOPT_DEVICE void step_thread(const Args<Rule, T>& args, int64_t block, int64
         s.clip = static_cast<T>(*global(args.at.answer + kClip));
         s.flags |= Common::kClip;
       }
-      StatsPart mine{};
-      StatsPart* const stats = args.at.stats ? &mine : nullptr;
-      if (!skips) {
-        run_variant<Rule, S, T, true>(s, row, grad, args.at, ema, stats, begin, end, thread);
-      } else if (row.sparse >= 0) {
-        Update<Pause, 1, S, T, true>::run(s, row, grad, args.at, Ema::kNone, stats, begin, end, thread);
+      StatsPart* const stats = args.at.stats ? args.at.stats_parts + chunk : nullptr;
+      if (stats && thread == 0) *global(stats) = {};
+      if (Rule::kHasCompany && skips) {
+        run_paused<S, T>(s, row, grad, args.at, stats, begin, end, thread);
       } else {
-        Update<Pause, 0, S, T, true>::run(s, row, grad, args.at, Ema::kNone, stats, begin, end, thread);
+        run_variant<Rule, S, T, true>(s, row, grad, args.at, ema, stats, begin, end, thread);
       }
-      if (stats) add_stats(mine, args.at.stats_parts + chunk, thread);
     } else {
       run_variant<Rule, S, T, false>(s, row, grad, args.at, ema, nullptr, begin, end, thread);
     }

@@ -146,7 +146,7 @@ py::object Clipper::clip_on_device(Grads* grads, const Question& question, const
   const int device = grads->device;
   const TorchDevice current(device);
   if (!answer_ || answer_device_ != device) {
-    answer_ = buffer(kAnswerSize, torch_device(device));
+    answer_ = buffer(static_cast<int>(kAnswerSize), torch_device(device));
     answer_device_ = device;
   }
   TensorView answer;

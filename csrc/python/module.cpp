@@ -100,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("optimizer"))
       .def("step", &Stepper::step)
+      .def_property_readonly("has_norm", &Stepper::has_norm)
       .def_property_readonly("norm_is_double", &Stepper::norm_is_double)
       .def_property_readonly("num_devices", &Stepper::num_devices)
       .def("took_part", &Stepper::took_part)

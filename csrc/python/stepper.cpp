@@ -19,7 +19,7 @@ struct Stepper::Entry {
   DType dtype = DType::kFloat32;
   Part part = Part::kNone;  // of this step
   Part known = Part::kNone;  // what it was read for
-  bool has_ema = false;
+  bool has_ema = false, is_complex = false;
   bool average_starts = false;  // with the first step that is not skipped, which a device may decide
   bool in_memory = false;
   bool step_is_double = false;
@@ -427,6 +427,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   if (has_grad) layout = is_sparse ? sparse->plan(streams, &row) : plan_row(streams, &row);
   entry.is_sparse = is_sparse;
   entry.has_ema = has_ema;
+  entry.is_complex = streams.view[kParam].is_complex;
   entry.known = has_grad ? Part::kStep : Part::kAverage;
   const TensorRow& written = written_row(dirty.entry);
   bool moved = !entry.in_memory || !same_written_layout(entry.layout.get(), layout.get(), streams.count) ||
@@ -773,7 +774,7 @@ int64_t Stepper::prepare_rows(Scan* scan) {
   const Entry* last = nullptr;
   double last_step = 0;
   const void* scalars = nullptr;
-  norm_is_double_ = false;
+  if (scan->wants_norm) norm_is_double_ = false;
   for (size_t n = 0; n < entries_.size(); ++n) {
     Entry& entry = entries_[n];
     TensorRow& row = rows_[n];
@@ -782,7 +783,9 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     const bool starts = !scan->starting.empty() && scan->starting.count(entry.param);
     const Ema ema = !entry.has_ema || entry.is_sparse ? Ema::kNone : starts ? Ema::kCopy : Ema::kMove;
     if (row.ema != ema) row.ema = ema;
-    norm_is_double_ |= entry.dtype == DType::kFloat64;
+    norm_is_double_ |= scan->wants_norm && entry.dtype == DType::kFloat64;
+    if (entry.is_complex && scan->wants_norm && phase_.infinity_norm())
+      fail(name(entry, *scan), "the parameter", "is complex, of which the largest magnitude is not known: norm_type=2.0");
     if (group != entry.group) {
       group = entry.group;
       options_device = rule_->options_device(group);
@@ -1120,6 +1123,7 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
     average_cost = prepare_averages(&scan);
     prepare_tables(&scan, cost);
   }
+  has_norm_ |= scan.wants_norm && answer_.at;
   if (is_to_be_skipped(&scan, cost, max_threads)) {
     if (phase_.wants_stats()) run_paused(&scan, cost, max_threads);
     return 0;

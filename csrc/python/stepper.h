@@ -28,7 +28,8 @@ class Stepper {
   // Returns how many parameters were updated. If it throws, no parameter, state or step count was changed.
   int64_t step(py::handle optimizer, py::list param_groups, py::dict state, py::object grad_scale,
                py::object found_inf, py::object report_inf, int max_threads);
-  // Of the last norm: whether it is a double (a gradient was).
+  // Whether a norm was ever measured, and whether the last is a double (a gradient was).
+  bool has_norm() const { return has_norm_; }
   bool norm_is_double() const { return norm_is_double_; }
   // How many devices the parameters of the last step lay on.
   int num_devices() const;
@@ -118,7 +119,7 @@ class Stepper {
   std::vector<std::byte> options_;  // for the kernels: cuda::Options, groups
   void find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer);
   int64_t num_parts_[kNumDTypes] = {};
-  bool has_parts_ = false, norm_is_double_ = false;
+  bool has_parts_ = false, has_norm_ = false, norm_is_double_ = false;
   std::vector<Look> looks_;                       // a scan's finding for each entry
   std::vector<std::unique_ptr<OnDevice>> tables_;
   WrittenMemory memory_;

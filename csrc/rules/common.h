@@ -31,7 +31,9 @@ struct Common {
   };
 
   // A rule that is no optimizer's says otherwise.
-  static constexpr bool kReadsGrad = true, kWritesParam = true, kCountsSteps = true;
+  static constexpr bool kReadsGrad = true, kWritesParam = true;
+  static constexpr bool kCountsSteps = true;    // and has options of its own
+  static constexpr bool kHasCompany = true;     // a moving average and statistics may be wanted beside it
 
   template <class T>
   struct Scalars {

@@ -6,7 +6,7 @@
 namespace fusedopt {
 
 struct Scale : Common {
-  static constexpr bool kReadsGrad = false, kCountsSteps = false;
+  static constexpr bool kReadsGrad = false, kCountsSteps = false, kHasCompany = false;
   static constexpr int kNumVariants = 1, kSparseVariant = -1;
   static constexpr int num_states(int) { return 0; }
 
