@@ -112,7 +112,7 @@ FUSEDOPT_HD inline void decide(const Question& question, bool found_inf, double*
   const double telling = question.largest ? answer[kLargest] : answer[kSum];
   const bool is_finite = telling - telling == 0;
   answer[kNorm] = question.is_double ? exact : static_cast<double>(static_cast<float>(exact));
-  answer[kClip] = !question.clip         ? 1.0
+  answer[kClip] = !question.clip       ? 1.0
                   : question.is_double ? clip_coefficient(exact, question.max_norm)
                                        : clip_coefficient(static_cast<float>(exact), question.max_norm);
   answer[kSkip] = found_inf || (question.skip && !is_finite);

@@ -346,7 +346,6 @@ class FusedOptimizer(Optimizer):
             at_next = iter(where)
             steps = {at: iter(torch.zeros(where.count(at), device=at[0], dtype=at[1]).unbind()) for at in set(where)}
 
-
             def new_state(param: Tensor, name: str) -> Tensor:
                 if name == "step":
                     return next(steps[next(at_next)])

@@ -189,9 +189,7 @@ def expected_stats(before: Tensor, after: Tensor, grad: Tensor, lost: int | None
     return found
 
 
-def assert_close_stats(
-    actual: dict[str, float], expected: dict[str, float], dtype: torch.dtype, when: str
-) -> None:
+def assert_close_stats(actual: dict[str, float], expected: dict[str, float], dtype: torch.dtype, when: str) -> None:
     for name, value in expected.items():
         # Norms are sums of 16 squares in opmath, then in double: 2.2e-8 was the largest relative error seen (float32),
         # so they round to a neighbour at most.

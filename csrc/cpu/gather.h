@@ -26,8 +26,8 @@ inline void find(const Layout& layout, int64_t element, int count, int64_t* offs
 
 // The sum of the values, of storage type S, of row r of a sparse gradient, from one of their elements on.
 template <class Lane, class S>
-__attribute__((noinline)) void add_up_values(const Common::Scalars<typename Lane::Scalar>& s, const TensorRow& row, int64_t r, int64_t from,
-                   int64_t count, typename Lane::Scalar* sum) {
+__attribute__((noinline)) void add_up_values(const Common::Scalars<typename Lane::Scalar>& s, const TensorRow& row,
+                                             int64_t r, int64_t from, int64_t count, typename Lane::Scalar* sum) {
   const SparseGrad& sparse = *row.layout->sparse;
   const int64_t first = sparse.order ? sparse.first[r] : r, last = sparse.order ? sparse.first[r + 1] : r + 1;
   for (int64_t v = first; v < last; ++v) {
@@ -46,8 +46,8 @@ __attribute__((noinline)) void add_up_values(const Common::Scalars<typename Lane
 
 // Elements of a strided or sparse gradient, as Common::value has them.
 template <class Lane, class S>
-__attribute__((noinline)) void gather_grad(const Common::Scalars<typename Lane::Scalar>& s, const TensorRow& row, int64_t begin, int64_t count,
-                 typename Lane::Scalar* out) {
+__attribute__((noinline)) void gather_grad(const Common::Scalars<typename Lane::Scalar>& s, const TensorRow& row,
+                                           int64_t begin, int64_t count, typename Lane::Scalar* out) {
   const Layout& layout = *row.layout;
   for (int64_t done = 0; done < count;) {
     int64_t run = count - done, element = begin + done, offset[kMaxStreams];

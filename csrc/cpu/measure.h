@@ -113,9 +113,11 @@ struct Norm {
   }
 };
 
-// What becomes of a parameter as its update goes through a piece of it, run by run. Within a run everything is in opmath
-// and in registers, for arithmetic is what a step has least to spare of: a sum has at most kRun / kLanes terms there.
+// What becomes of a parameter as its update goes through a piece of it, run by run. Within a run everything is in
+// opmath and in registers, for arithmetic is what a step has least to spare of: a sum has at most kRun / kLanes terms
+// there.
 constexpr int64_t kRun = 256;
+constexpr int64_t kLongRun = 512;
 template <class Lane>
 class Stats {
  public:

@@ -19,6 +19,8 @@ namespace {
 template <class Rule, int variant, class Lane, class S, class G>
 struct Dense {
   static constexpr int kNumStates = Rule::num_states(variant);
+  static constexpr int kNumStreams = kState + kNumStates;
+  static constexpr bool kIsSparse = variant == Rule::kSparseVariant;
   using T = typename Lane::Scalar;
   using Scalars = typename Rule::template Scalars<T>;
 
@@ -44,22 +46,26 @@ struct Dense {
   }
 
   // `flags` are added to the scalars'.
-  static void update(const void* scalars, uint32_t flags, std::byte* const* data, int64_t begin, int64_t end) {
-    Scalars s = *static_cast<const Scalars*>(scalars);
+  static void update(const void* scalars, uint32_t flags, std::byte* const* streams, int64_t begin, int64_t end) {
+    Scalars s = *static_cast<const Scalars*>(scalars);  // copies, which the stores cannot alias
     s.flags |= flags;
+    std::byte* data[kNumStreams];
+    for (int k = 0; k < kNumStreams; ++k) data[k] = streams[k];
     const auto see_nothing = [](auto...) {};
     int64_t i = begin;
     for (; i + Lane::kWidth <= end; i += Lane::kWidth) block(s, data, i, see_nothing);
     if (i < end) block(s, data, i, see_nothing, static_cast<int>(end - i));
   }
 
-  // The same for a run, with statistics. `unclipped`: its gradients as computed, if they are not those in `data`.
-  static void measured(const void* scalars, uint32_t flags, std::byte* const* data, int64_t count, const T* unclipped,
-                       Stats<Lane>* stats) {
+  // The same for a run, with statistics. `unclipped`: of a sparse gradient, the sums of its values as computed.
+  static void measured(const void* scalars, uint32_t flags, std::byte* const* streams, int64_t count,
+                       const T* unclipped, Stats<Lane>* stats) {
     Scalars s = *static_cast<const Scalars*>(scalars);
     s.flags |= flags;
+    std::byte* data[kNumStreams];
+    for (int k = 0; k < kNumStreams; ++k) data[k] = streams[k];
     Common::Scalars<T> as_computed = s;
-    as_computed.flags &= unclipped ? 0u : Common::kUnscale;
+    as_computed.flags &= kIsSparse ? 0u : Common::kUnscale;
     const S* const param_at = reinterpret_cast<const S*>(data[kParam]);
     const G* const grad_at = reinterpret_cast<const G*>(data[kGrad]);
     auto run = stats->begin_run();
@@ -68,7 +74,7 @@ struct Dense {
           s, data, i,
           [&](Lane grad, Lane before, Lane after, Lane added) __attribute__((always_inline)) {
             if constexpr (!Rule::kReadsGrad) grad = Lane::load(grad_at + i, n...);
-            if (unclipped) grad = Lane::load(unclipped + i, n...);
+            if constexpr (kIsSparse) grad = Lane::load(unclipped + i, n...);
             // As it was rounded; and beyond a tail's end there is nothing to be seen.
             if constexpr (sizeof(S) != sizeof(T) || sizeof...(n) > 0) after = Lane::load(param_at + i, n...);
             if constexpr (sizeof...(n) > 0) added = head(added, n...);
@@ -77,7 +83,7 @@ struct Dense {
           n...);
     });
     const auto seen = run;  // so that `run` itself need not lie in memory
-    if (unclipped) {
+    if constexpr (kIsSparse) {
       stats->end_run(seen, as_computed, unclipped, param_at, count);
     } else {
       stats->end_run(seen, as_computed, grad_at, param_at, count);
@@ -255,7 +261,7 @@ class Walk {
     // Run by run, while it is in the cache, comes what is beside the update.
     for (int64_t done = 0; done < count;) {
       int64_t run = count - done;
-      if (run > kRun) run = kRun;
+      if (run > kLongRun) run = kLongRun;
       if (stats_ && run > kPart - at_ % kPart) run = kPart - at_ % kPart;
       std::byte* here[kMaxStreams];
       for (int k = 0; k < num_streams_; ++k) here[k] = data[k] + done * (k == kGrad ? grad_size_ : int64_t{sizeof(S)});

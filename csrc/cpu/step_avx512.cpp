@@ -9,6 +9,8 @@ static bool supported() {
 }
 
 extern const Target kAvx512Target;
-const Target kAvx512Target = {"avx512", supported, Kernels<avx512::F32, avx512::F64>::find, Kernels<avx512::F32, avx512::F64>::find_norm, run, units_run};
+const Target kAvx512Target = {
+    "avx512", supported, Kernels<avx512::F32, avx512::F64>::find, Kernels<avx512::F32, avx512::F64>::find_norm,
+    run,      units_run};
 
 }  // namespace fusedopt

@@ -23,7 +23,7 @@ struct RowInfo {
   int32_t group;
   int16_t variant;
   bool step_is_double;
-  void* step;  // null: the host counts
+  void* step;         // null: the host counts
   int32_t entry = 0;  // its place in the statistics
   bool starts_at_one = false;
 };
@@ -90,7 +90,7 @@ class Table {
   std::vector<const Layout*> layouts_;
   size_t num_rows_ = 0;
   bool rows_changed_ = true, grads_changed_ = true;
-  bool on_device_ = false;            // some count their steps on the device
+  bool on_device_ = false;  // some count their steps on the device
   bool full_ = false;
   std::vector<const void*> scalars_;  // the sets in use
   std::unordered_map<const void*, int32_t> scalars_index_;

@@ -34,8 +34,8 @@ class OutsideCapture {
 };
 
 // Blocks that a multiprocessor must have room for; 0 leaves it to the compiler. By what was found with
-// tests/check_sass.py: nothing spills on any architecture, and each but the full ones of float64 has room for two blocks
-// at the least, whose loads are more than a memory with a latency of a microsecond needs to be busy.
+// tests/check_sass.py: nothing spills on any architecture, and each but the full ones of float64 has room for two
+// blocks at the least, whose loads are more than a memory with a latency of a microsecond needs to be busy.
 template <class Rule, class S, bool kFull>
 constexpr int min_blocks() {
   constexpr bool many_scalars = sizeof(typename Rule::template Scalars<float>) > 48;
@@ -211,8 +211,8 @@ struct NormOf {
 
   static void call(const NormArgs* args, int device, void* stream) {
     const int64_t most = resident(norm_kernel<S, T>, device, blocks);
-    norm_kernel<S, T><<<num_blocks((args->at.num_chunks + 7) / 8, most), kThreads, 0,
-                        static_cast<cudaStream_t>(stream)>>>(*args);
+    norm_kernel<S, T>
+        <<<num_blocks((args->at.num_chunks + 7) / 8, most), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*args);
     check(cudaGetLastError(), "launching the norm");
   }
 };
@@ -236,7 +236,7 @@ void launch_norm(DType dtype, const NormArgs& args, int device, void* stream) {
 }  // namespace
 
 const Runtime kGpu = {why_not, allocate, release,      allocate_pinned, release_pinned, copy,
-                      is_done, copy_now, is_capturing, make_ready,      launch,          launch_norm};
+                      is_done, copy_now, is_capturing, make_ready,      launch,         launch_norm};
 
 }  // namespace cuda
 }  // namespace fusedopt

@@ -1,5 +1,5 @@
-// The kernels: what one thread, or one warp, does. No launch syntax, no host code: tests/cuda_on_host compiles this very
-// file for the host.
+// The kernels: what one thread, or one warp, does. No launch syntax, no host code: tests/cuda_on_host compiles this
+// very file for the host.
 #pragma once
 
 #include <cmath>
@@ -113,7 +113,8 @@ FUSEDOPT_DEVICE void include(StatsPart* mine, T grad, T before, T after, T chang
   mine->grad = fma_one(g, g, mine->grad);
   mine->param = fma_one(now, now, mine->param);
   mine->change = fma_one(difference, difference, mine->change);
-  const T ratio = before == 0 || before - before != 0 ? T(0) : div_one(std::fabs(sub_one(after, before)), std::fabs(before));
+  const T ratio =
+      before == 0 || before - before != 0 ? T(0) : div_one(std::fabs(sub_one(after, before)), std::fabs(before));
   mine->ratio = combine(NormPart{0, mine->ratio}, NormPart{0, static_cast<double>(ratio)}).largest;
   mine->nonfinite += !(grad - grad == 0);
   mine->lost += change != 0 && before == after;
@@ -196,8 +197,7 @@ struct Update {
         for (int k = 0; k < kNumStates; ++k) pack<S>(states[k], &vector[kState + k], first);
         if constexpr (kFull) {
           const Lane after = unpack<S, Lane>(vector[kParam], first);
-          if (has_ema)
-            pack<S>(averaged(s, ema, unpack<S, Lane>(vector[kEma], first), after), &vector[kEma], first);
+          if (has_ema) pack<S>(averaged(s, ema, unpack<S, Lane>(vector[kEma], first), after), &vector[kEma], first);
           if (stats) {
             const Lane g = unclipped(s, grad);
 #pragma unroll
@@ -393,8 +393,8 @@ FUSEDOPT_DEVICE bool is_skipped(const Where& at) {
   return at.found_inf && *global(at.found_inf) != 0;
 }
 
-// All chunks of one thread of one block. kFull: there are step counts on the device, or what measures.h has, or a moving
-// average.
+// All chunks of one thread of one block. kFull: there are step counts on the device, or what measures.h has, or a
+// moving average.
 template <class Rule, class S, class T, bool kFull>
 FUSEDOPT_DEVICE void step_thread(const Args<Rule, T>& args, int64_t block, int64_t num_blocks, int thread) {
   using Scalars = typename Rule::template Scalars<T>;

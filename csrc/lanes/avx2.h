@@ -39,9 +39,7 @@ struct F64 {
   friend F64 if_equal(F64 a, F64 b, F64 yes, F64 no) {
     return _mm256_blendv_pd(no.v, yes.v, _mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ));
   }
-  friend bool any_above(F64 a, F64 b) {
-    return _mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_NLE_UQ)) != 0;
-  }
+  friend bool any_above(F64 a, F64 b) { return _mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_NLE_UQ)) != 0; }
   friend bool any_outside(F64 a, F64 most) {
     const __m256d above = _mm256_cmp_pd(a.v, most.v, _CMP_NLE_UQ);
     return _mm256_movemask_pd(_mm256_or_pd(above, _mm256_cmp_pd(a.v, _mm256_setzero_pd(), _CMP_EQ_OQ))) != 0;
@@ -126,9 +124,7 @@ struct F32 {
   friend F32 if_equal(F32 a, F32 b, F32 yes, F32 no) {
     return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ));
   }
-  friend bool any_above(F32 a, F32 b) {
-    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)) != 0;
-  }
+  friend bool any_above(F32 a, F32 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)) != 0; }
   friend bool any_outside(F32 a, F32 most) {
     const __m256 above = _mm256_cmp_ps(a.v, most.v, _CMP_NLE_UQ);
     return _mm256_movemask_ps(_mm256_or_ps(above, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_EQ_OQ))) != 0;

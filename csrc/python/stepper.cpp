@@ -17,7 +17,7 @@ struct Stepper::Entry {
   uint32_t group = 0, index = 0;
   int8_t variant = 0, num_states = 0, num_streams = 0;  // the rule's states; all streams
   DType dtype = DType::kFloat32;
-  Part part = Part::kNone;  // of this step
+  Part part = Part::kNone;   // of this step
   Part known = Part::kNone;  // what it was read for
   bool has_ema = false, is_complex = false;
   bool average_starts = false;  // with the first step that is not skipped, which a device may decide
@@ -253,7 +253,8 @@ PyObject* Stepper::stream_name(const Entry& entry, int k) const {
 
 // Is nothing about the parameter and its state other than at its last step?
 bool Stepper::unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const {
-  if (entry.param != param || !entry.signature[kParam] || entry.has_ema != static_cast<bool>(scan->has_ema[entry.group]))
+  if (entry.param != param || !entry.signature[kParam] ||
+      entry.has_ema != static_cast<bool>(scan->has_ema[entry.group]))
     return false;
   if (entry.known == Part::kStep && entry.variant != scan->variants[entry.group]) return false;
   std::byte* data;
@@ -593,7 +594,8 @@ bool Stepper::refresh_dirty(py::handle optimizer, Scan* scan) {
     py::list names;
     if (!param_state) {
       names.append(py::handle(str_step_));
-      for (int k = 0; k < rule_->num_states(scan->variants[entry.group]); ++k) names.append(py::handle(state_names_[k]));
+      for (int k = 0; k < rule_->num_states(scan->variants[entry.group]); ++k)
+        names.append(py::handle(state_names_[k]));
     }
     if (lacks_ema) names.append(py::handle(str_ema_));
     missing.append(
@@ -721,7 +723,8 @@ Stepper::OnDevice& Stepper::on_device(int device, DType dtype, int rule) {
 cuda::StepInfo Stepper::step_info(int rule, int device, DType dtype, bool counts_there, Scan* scan) {
   cuda::StepInfo info{};
   const bool is_average = rule == kAverageRule;
-  const size_t common_size = dtype == DType::kFloat64 ? sizeof(Common::Scalars<double>) : sizeof(Common::Scalars<float>);
+  const size_t common_size =
+      dtype == DType::kFloat64 ? sizeof(Common::Scalars<double>) : sizeof(Common::Scalars<float>);
   info.rule = rule;
   info.dtype = dtype;
   info.scalars_size = is_average ? common_size : rule_->scalars_size(dtype);
@@ -785,7 +788,8 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     if (row.ema != ema) row.ema = ema;
     norm_is_double_ |= scan->wants_norm && entry.dtype == DType::kFloat64;
     if (entry.is_complex && scan->wants_norm && phase_.infinity_norm())
-      fail(name(entry, *scan), "the parameter", "is complex, of which the largest magnitude is not known: norm_type=2.0");
+      fail(name(entry, *scan), "the parameter",
+           "is complex, of which the largest magnitude is not known: norm_type=2.0");
     if (group != entry.group) {
       group = entry.group;
       options_device = rule_->options_device(group);
@@ -900,10 +904,11 @@ bool Stepper::find_buffers(py::handle optimizer, Scan* scan) {
     if (entry.part != Part::kStep) continue;
     if (!first) first = &entry;
     if (first->device == entry.device || (!scan->wants_norm && !phase_.wants_stats())) continue;
-    fail(name(entry, *scan), "the parameter",
-         "is on '" + device_name(entry.device) + "' and another on '" + device_name(first->device) +
-             "': max_grad_norm, skip_nonfinite, stats and fusedopt.GradScaler need all on one device; make an optimizer "
-             "for each");
+    fail(
+        name(entry, *scan), "the parameter",
+        "is on '" + device_name(entry.device) + "' and another on '" + device_name(first->device) +
+            "': max_grad_norm, skip_nonfinite, stats and fusedopt.GradScaler need all on one device; make an optimizer "
+            "for each");
   }
   if (!first) return true;
   const int device = first->device;
@@ -938,7 +943,8 @@ void Stepper::place_parts(bool norm, bool stats) {
   for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
     const int64_t before = count;
     for (size_t n = 0; n < entries_.size(); ++n) {
-      if (entries_[n].part != Part::kStep || !rows_[n].scalars || static_cast<int>(entries_[n].dtype) != dtype) continue;
+      if (entries_[n].part != Part::kStep || !rows_[n].scalars || static_cast<int>(entries_[n].dtype) != dtype)
+        continue;
       rows_[n].norm = norm ? norm_parts_.data() + count : nullptr;
       rows_[n].stats = stats ? stats_parts_.data() + count : nullptr;
       count += (rows_[n].numel + kPart - 1) / kPart;
@@ -982,9 +988,8 @@ bool Stepper::is_to_be_skipped(Scan* scan, int64_t cost, int max_threads) {
   if (!scan->wants_norm || !answer_.at || answer_.device != kCpu) return false;
   const Question question = question_of(*scan, norm_is_double_);
   const NormOptions options = {scan->context.unscale != 0, scan->context.inv_scale, question.largest};
-  scan->without_gil([&] {
-    measure_rows(rows_.data(), static_cast<int64_t>(rows_.size()), options, cost, max_threads);
-  });
+  scan->without_gil(
+      [&] { measure_rows(rows_.data(), static_cast<int64_t>(rows_.size()), options, cost, max_threads); });
   NormPart all = {0, 0};
   const NormPart* parts = norm_parts_.data();
   for (const int64_t count : num_parts_) {

@@ -26,8 +26,8 @@ class Stepper {
   // One step over all groups; torch.optim's param_groups and state. Of the optimizer it calls _new_states, for what
   // parameters have not, and _buffer. `report_inf`: a tensor to be told whether a gradient was inf or nan, or None.
   // Returns how many parameters were updated. If it throws, no parameter, state or step count was changed.
-  int64_t step(py::handle optimizer, py::list param_groups, py::dict state, py::object grad_scale,
-               py::object found_inf, py::object report_inf, int max_threads);
+  int64_t step(py::handle optimizer, py::list param_groups, py::dict state, py::object grad_scale, py::object found_inf,
+               py::object report_inf, int max_threads);
   // Whether a norm was ever measured, and whether the last is a double (a gradient was).
   bool has_norm() const { return has_norm_; }
   bool norm_is_double() const { return norm_is_double_; }
@@ -102,7 +102,7 @@ class Stepper {
   const struct Target* target_ = nullptr;
   std::vector<Entry> entries_;  // one for each parameter, in the groups' order
   std::vector<TensorRow> rows_;
-  std::unordered_map<size_t, SparseRow> sparse_;  // of entries that have had a sparse gradient; they do not move
+  std::unordered_map<size_t, SparseRow> sparse_;     // of entries that have had a sparse gradient; they do not move
   std::unordered_map<size_t, AverageRow> averages_;  // of entries that have had one
   std::vector<TensorRow> average_rows_;              // of this step
   PhaseOptions phase_;
@@ -120,7 +120,7 @@ class Stepper {
   void find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer);
   int64_t num_parts_[kNumDTypes] = {};
   bool has_parts_ = false, has_norm_ = false, norm_is_double_ = false;
-  std::vector<Look> looks_;                       // a scan's finding for each entry
+  std::vector<Look> looks_;  // a scan's finding for each entry
   std::vector<std::unique_ptr<OnDevice>> tables_;
   WrittenMemory memory_;
   bool refreshed_ = false;         // a parameter was read anew since the tables were last prepared

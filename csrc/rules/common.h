@@ -1,5 +1,5 @@
-// What every rule shares: what happens to a gradient before the formula, and to the moving average of the weights behind
-// it.
+// What every rule shares: what happens to a gradient before the formula, and to the moving average of the weights
+// behind it.
 //
 // The order of operations in all rules is that of torch.optim's for-loops, established by experiment; see
 // ARCHITECTURE.md.
@@ -20,11 +20,11 @@ struct Context {
 
 struct Common {
   enum Flag : uint32_t {
-    kUnscale = 1,           // multiply by inv_scale
-    kClip = 2,              // then by clip
-    kMaximize = 4,          // ascend
-    kL2Decay = 8,           // add decay * param
-    kOneElement = 16,       // a sparse gradient that touches one element of all (where torch takes another way)
+    kUnscale = 1,            // multiply by inv_scale
+    kClip = 2,               // then by clip
+    kMaximize = 4,           // ascend
+    kL2Decay = 8,            // add decay * param
+    kOneElement = 16,        // a sparse gradient that touches one element of all (where torch takes another way)
     kAverageFromParam = 32,  // 1 - ema_decay >= 0.5: torch's lerp then starts from the other end
     kAverageStarts = 64,     // it is what the parameter is
     kFirstOfRule = 128,
@@ -32,8 +32,8 @@ struct Common {
 
   // A rule that is no optimizer's says otherwise.
   static constexpr bool kReadsGrad = true, kWritesParam = true;
-  static constexpr bool kCountsSteps = true;    // and has options of its own
-  static constexpr bool kHasCompany = true;     // a moving average and statistics may be wanted beside it
+  static constexpr bool kCountsSteps = true;  // and has options of its own
+  static constexpr bool kHasCompany = true;   // a moving average and statistics may be wanted beside it
 
   template <class T>
   struct Scalars {

@@ -23,8 +23,8 @@ struct Moments : Common {
 
   enum Flag : uint32_t {
     kDecoupledDecay = Common::kFirstOfRule,  // param *= decay, which is then 1 - lr * weight_decay
-    kLerpFromGrad = kDecoupledDecay * 2,       // 1 - beta1 >= 0.5: torch's lerp then starts from the other end
-    kFlushSubnormals = kLerpFromGrad * 2,      // moments below the smallest normal number are stored as zero
+    kLerpFromGrad = kDecoupledDecay * 2,     // 1 - beta1 >= 0.5: torch's lerp then starts from the other end
+    kFlushSubnormals = kLerpFromGrad * 2,    // moments below the smallest normal number are stored as zero
     kFirstOfRule = kFlushSubnormals * 2,
   };
 

@@ -150,4 +150,4 @@ extern "C" void fusedopt_forget_graph() { graph.clear(); }
 
 extern "C" const Runtime fusedopt_cuda_on_host;
 const Runtime fusedopt_cuda_on_host = {why_not, allocate, release,      allocate_pinned, release_pinned, copy,
-                                       is_done, copy_now, is_capturing, make_ready,      launch,          launch_norm};
+                                       is_done, copy_now, is_capturing, make_ready,      launch,         launch_norm};
