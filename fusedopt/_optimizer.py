@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -44,11 +43,15 @@ class FusedOptimizer(Optimizer):
             count. Decided without waiting for the device; on CUDA the step counts therefore lie there (default:
             False). :attr:`skipped_steps` counts them.
         ema_decay: keep an exponential moving average of the weights in the state, as "ema", equal to that of
-            :func:`torch.optim.swa_utils.get_ema_multi_avg_fn` (default: None: do not). See :meth:`ema_weights`.
+            :func:`torch.optim.swa_utils.get_ema_multi_avg_fn` (default: None: do not). It has the parameter's dtype: in
+            16 bits a slow one stands still. See :meth:`ema_weights`.
         stats: measure each parameter's step (default: False). See :meth:`stats`.
 
+    With parameters that are shards of others', norm and skip are of the shards that this optimizer has.
+
     Raises:
-        ValueError: one of these is out of range or, in :meth:`step`, not the same in all groups.
+        ValueError, TypeError: one of these is out of range, or no number, or, in :meth:`step`, not the same in all
+            groups.
         RuntimeError: in :meth:`step`, with `max_grad_norm`, `skip_nonfinite` or `stats`, for parameters on several
             devices.
 
@@ -73,37 +76,22 @@ class FusedOptimizer(Optimizer):
         params: Any,
         *args: Any,
         max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
+        norm_type: float | str = 2.0,
         skip_nonfinite: bool = False,
         ema_decay: float | None = None,
         stats: bool = False,
         **kwargs: Any,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm >= 0:
-            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; a number that is not negative, or None")
-        if norm_type not in (2.0, float("inf")):
-            raise ValueError(f"Invalid norm_type: {norm_type}; 2.0 or inf (fusedopt.clip_grad_norm_ knows others)")
-        if ema_decay is not None and not 0 <= ema_decay <= 1:
-            raise ValueError(f"Invalid ema_decay: {ema_decay}; a number from 0 to 1, or None")
+        phase = {
+            "max_grad_norm": max_grad_norm,
+            "norm_type": float("inf") if norm_type == "inf" else norm_type,
+            "skip_nonfinite": skip_nonfinite,
+            "ema_decay": ema_decay,
+            "stats": stats,
+        }
+        _C.check_phase_options(phase, type(self).__name__)
         super().__init__(params, *args, **kwargs)
-        self._add_options(
-            max_grad_norm=max_grad_norm,
-            norm_type=float(norm_type),
-            skip_nonfinite=skip_nonfinite,
-            ema_decay=ema_decay,
-            stats=stats,
-        )
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Show the arguments of torch's constructor, or of the class's own, and ours, as one signature."""
-        super().__init_subclass__(**kwargs)
-        constructors = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
-        index = constructors.index(FusedOptimizer.__init__)
-        theirs = inspect.signature(constructors[0] if index else constructors[1]).parameters.values()
-        ours = inspect.signature(FusedOptimizer.__init__).parameters
-        shown = [p for p in theirs if p.name != "self" and p.kind != p.VAR_KEYWORD]
-        shown += [ours[name] for name in cls._phase_options]
-        cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        self._add_options(**phase)
 
     def _add_options(self, **options: Any) -> None:
         """Give the groups, those to come too, options that the torch class's constructor does not take."""
@@ -190,17 +178,10 @@ class FusedOptimizer(Optimizer):
         """
         self._stepper.update_captured(self.param_groups)
 
-    def _buffer(self, what: str, size: int, device: str) -> Tensor:
-        """The tensor of doubles where the native step leaves what it found; one a device and purpose."""
-        buffers: dict[tuple[str, str], Tensor] = self.__dict__.setdefault("_buffers", {})
-        found = buffers.get((what, device))
-        if found is None or found.numel() != size:
-            with torch.inference_mode(False), torch.no_grad():
-                found = torch.zeros(size, dtype=torch.float64, device=device)
-        for other in [key for key in buffers if key[0] == what]:
-            del buffers[other]
-        buffers[what, device] = found
-        return found
+    def _new_buffer(self, size: int, device: str) -> Tensor:
+        """A tensor of doubles for the native step to leave what it finds."""
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.zeros(size, dtype=torch.float64, device=device)
 
     def _only_device(self) -> torch.device | None:
         """The device of all parameters with gradients; None if there are several, or none."""
@@ -212,19 +193,15 @@ class FusedOptimizer(Optimizer):
         one = self._stepper.num_devices == 1 or all(p.device == first.device for p in params)
         return first.device if one else None
 
-    def _found(self, what: str) -> Tensor | None:
-        buffers: dict[tuple[str, str], Tensor] = self.__dict__.get("_buffers", {})
-        return next((tensor for (name, _), tensor in buffers.items() if name == what), None)
-
     @property
     def grad_norm(self) -> Tensor | None:
-        """The norm of all gradients at the last step, unscaled and before clipping: a 0-d tensor on their device.
+        """The norm of all gradients, unscaled and before clipping: a 0-d tensor on their device.
 
-        float32, or float64 if a gradient was; accumulated in double. Reading it does not wait for the device. None
-        before the first step that measured it: with `max_grad_norm`, with `skip_nonfinite`, or under
-        :class:`fusedopt.GradScaler`.
+        Of the last step that measured it: with `max_grad_norm`; with `skip_nonfinite`, unless a GradScaler of torch's
+        has just looked for inf and nan; under :class:`fusedopt.GradScaler`. None before the first. float32, or float64
+        if a gradient was; accumulated in double. Reading it does not wait for the device.
         """
-        answer = self._found("answer")
+        answer: Tensor | None = self._stepper.answer
         if answer is None or not self._stepper.has_norm:
             return None
         return answer[0].to(torch.float64 if self._stepper.norm_is_double else torch.float32, copy=True)
@@ -236,13 +213,14 @@ class FusedOptimizer(Optimizer):
         Those that a GradScaler decided are counted too, if it handed its verdict to the step. Not saved in
         `state_dict`.
         """
-        answer = self._found("answer")
+        answer: Tensor | None = self._stepper.answer
         return torch.zeros((), dtype=torch.int64) if answer is None else answer[3].to(torch.int64)
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Return what the last step did to each parameter that took part, by name. Waits for the device.
 
-        Names are those given with the parameters, else "group.index". With g the gradient (unscaled, before clipping
+        Names are those given with the parameters (of groups that share one, "group.name"), else "group.index". It is
+        the last step that was made with `stats` set. With g the gradient (unscaled, before clipping
         and weight decay) and p the parameter:
 
         - `grad_norm`, `param_norm`: the 2-norms of g, and of p after the step;
@@ -259,31 +237,37 @@ class FusedOptimizer(Optimizer):
         gradients decided it, they are of that step, and nothing changed.
 
         Raises:
-            RuntimeError: `stats` is not set, or no step was made since.
+            RuntimeError: no step was made with `stats` set, or parameters were added or removed since.
         """
-        found = self._found("stats")
-        if found is None:
-            raise RuntimeError(f"{type(self).__name__}: stats() needs stats=True, and a step")
-        names = [
-            group["param_names"][index] if "param_names" in group else f"{number}.{index}"
-            for number, group in enumerate(self.param_groups)
-            for index in range(len(group["params"]))
-        ]
+        found: Tensor | None = self._stepper.stats
+        took_part = self._stepper.took_part()
+        names: list[str] = []
+        for number, group in enumerate(self.param_groups):
+            given = group.get("param_names", ())
+            if len(given) != len(group["params"]):
+                given = [f"{number}.{index}" for index in range(len(group["params"]))]
+            names += [name if name not in names else f"{number}.{name}" for name in given]
+        if found is None or len(took_part) != len(names):
+            raise RuntimeError(
+                f"{type(self).__name__}: stats() needs stats=True, and a step since parameters were added or removed"
+            )
         rows = found.view(-1, len(STATS)).tolist()
         counts = STATS.index("nonfinite_grads")
         return {
             name: dict(zip(STATS, [*row[:counts], *map(int, row[counts:])], strict=True))
-            for name, row, took_part in zip(names, rows, self._stepper.took_part(), strict=False)
-            if took_part
+            for name, row, was_updated in zip(names, rows, took_part, strict=True)
+            if was_updated
         }
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
         """Give the parameters, within a `with` block, the moving averages that `ema_decay` keeps.
 
-        Behind the block, however it is left, the parameters are again what they were, bit for bit. The averages are
-        copied in, so all that refers to the parameters' memory sees them; a copy of the weights is held meanwhile.
-        Parameters that were never updated have no average and stay as they are.
+        Behind the block, however it is left, the parameters are again what they were, bit for bit, whatever was done to
+        them. The averages are copied in, so all that refers to the parameters' memory sees them; a copy of the weights
+        is held meanwhile. To keep them, clone within the block what `model.state_dict()` gives, or save it there.
+        Autograd sees the copying: run no backward through a graph made before. Buffers (of BatchNorm, say) are the
+        model's own, and not touched. Parameters that were never updated have no average and stay as they are.
 
         Raises:
             RuntimeError: no group has an `ema_decay`; the blocks are nested; or, in a step within the block.
@@ -292,7 +276,12 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(f"{type(self).__name__}: ema_weights() needs ema_decay")
         if self.__dict__.get("_shows_ema"):
             raise RuntimeError(f"{type(self).__name__}: ema_weights() is already in use")
-        params = [p for group in self.param_groups for p in group["params"] if "ema" in self.state.get(p, {})]
+        params = [
+            param
+            for group in self.param_groups
+            for param in group["params"]
+            if group["ema_decay"] is not None and "ema" in self.state.get(param, {})
+        ]
         saved = [param.detach().clone(memory_format=torch.preserve_format) for param in params]
 
         def show(values: list[Tensor]) -> None:
@@ -373,6 +362,8 @@ class FusedOptimizer(Optimizer):
                 param_state.clear()
                 param_state.update(items)
         super().__setstate__(state)
+        if "_stepper" in self.__dict__:
+            self._stepper.forget()
         for group in self.param_groups:
             for name, value in {**self._phase_options, **self._own_options}.items():
                 group.setdefault(name, value)
@@ -381,7 +372,8 @@ class FusedOptimizer(Optimizer):
         """Load a state_dict of this class or of the torch class of the same name.
 
         As in torch, state takes the dtype of its parameter; unlike in torch, a UserWarning says so where that casts.
-        Options that the checkpoint's groups lack keep their present values.
+        The options become those of the checkpoint's groups, as in torch; those that they lack (some of ours, in torch's
+        checkpoints) keep their present values.
         """
         loaded: list[dict[str, Any]] = [state_dict]
         # The last of the pre-hooks sees what is really loaded.

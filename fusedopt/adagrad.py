@@ -40,6 +40,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         fused: every step is fused; True puts the step counts of CUDA parameters on their device (default: None).
         eps_inside_sqrt: True: divide by :math:`\sqrt{s_t + \epsilon}` (default: False).
 
+        max_grad_norm, norm_type, skip_nonfinite, ema_decay, stats: what is done around the update, as for Adam.
+
     Raises:
         ValueError: an option out of range, as torch raises it.
         RuntimeError: in :meth:`step`, about a parameter, gradient or state that cannot be updated rightly: a sparse
@@ -66,7 +68,11 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         eps_inside_sqrt: bool = False,
-        **phase: Any,
+        max_grad_norm: float | None = None,
+        norm_type: float | str = 2.0,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        stats: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -79,7 +85,11 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             maximize=maximize,
             differentiable=differentiable,
             fused=fused,
-            **phase,
+            max_grad_norm=max_grad_norm,
+            norm_type=norm_type,
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            stats=stats,
         )
         self._add_options(eps_inside_sqrt=eps_inside_sqrt)
 

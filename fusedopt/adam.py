@@ -1,6 +1,9 @@
 """Adam and AMSGrad."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ._optimizer import FusedOptimizer
 
@@ -40,6 +43,13 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay: decay the parameter itself, as AdamW does, instead of adding to the gradient
             (default: False).
 
+        max_grad_norm: clip the gradients, in the step, so that the norm of all of them is at most this (default: None).
+        norm_type: of `max_grad_norm`, 2.0 or inf (default: 2.0).
+        skip_nonfinite: a step whose gradients hold an inf or nan changes nothing (default: False).
+        ema_decay: keep a moving average of the weights, see :meth:`ema_weights` (default: None).
+        stats: measure each parameter's step, see :meth:`stats` (default: False). :class:`FusedOptimizer` and
+            docs/phase.md tell more about these five.
+
     Raises:
         ValueError: an option out of range, as torch raises it.
         RuntimeError: in :meth:`step`, about a parameter, gradient or state that cannot be updated rightly.
@@ -50,3 +60,44 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     """
 
     _rule = "adam"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        norm_type: float | str = 2.0,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        stats: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            max_grad_norm=max_grad_norm,
+            norm_type=norm_type,
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            stats=stats,
+        )

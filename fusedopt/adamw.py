@@ -1,6 +1,9 @@
 """AdamW: Adam with decoupled weight decay."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ._optimizer import FusedOptimizer
 
@@ -14,3 +17,42 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     """
 
     _rule = "adam"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        norm_type: float | str = 2.0,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        stats: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            max_grad_norm=max_grad_norm,
+            norm_type=norm_type,
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            stats=stats,
+        )

@@ -27,8 +27,11 @@ class GradScaler(torch.amp.GradScaler):
         """As torch's; the verdict is found in the optimizer's step, without waiting for the device."""
         try:
             return super().step(optimizer, *args, **kwargs)
-        finally:
-            vars(optimizer).pop("_report_inf", None)  # if a hook has raised
+        except BaseException:
+            # What it told the step must not be heard by the next one.
+            for name in ("_report_inf", "grad_scale", "found_inf") if isinstance(optimizer, FusedOptimizer) else ():
+                vars(optimizer).pop(name, None)
+            raise
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """torch's step() calls this where nobody has unscaled; what it finds, update() looks at."""

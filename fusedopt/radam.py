@@ -46,6 +46,8 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         optimized_update: True: add eps to :math:`\sqrt{v_t}`, as torch does and as above; False: to the bias-corrected
             root, :math:`r_t / ( \sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon )` (default: True).
 
+        max_grad_norm, norm_type, skip_nonfinite, ema_decay, stats: what is done around the update, as for Adam.
+
     Raises:
         ValueError: an option out of range, as torch raises it.
         RuntimeError: in :meth:`step`, about a parameter, gradient or state that cannot be updated rightly, sparse
@@ -73,7 +75,11 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         amsgrad: bool = False,
         degenerate_to_sgd: bool = True,
         optimized_update: bool = True,
-        **phase: Any,
+        max_grad_norm: float | None = None,
+        norm_type: float | str = 2.0,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        stats: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -86,6 +92,10 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
             maximize=maximize,
             capturable=capturable,
             differentiable=differentiable,
-            **phase,
+            max_grad_norm=max_grad_norm,
+            norm_type=norm_type,
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            stats=stats,
         )
         self._add_options(amsgrad=amsgrad, degenerate_to_sgd=degenerate_to_sgd, optimized_update=optimized_update)

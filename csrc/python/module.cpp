@@ -96,6 +96,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_chunks", &plan_chunks);
   m.attr("cuda_chunk") = cuda::kChunk;
   m.def("set_signatures", &records::set_enabled, "For tests: False reads every tensor anew in every step.");
+  m.def(
+      "check_phase_options",
+      [](const py::dict& options, const std::string& optimizer) { PhaseOptions().check(options.ptr(), optimizer); },
+      "Raises what a step would, but for the name of the group.");
   py::class_<Clipper>(m, "Clipper").def(py::init<>()).def("clip", &Clipper::clip);
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("optimizer"))
@@ -104,5 +108,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("norm_is_double", &Stepper::norm_is_double)
       .def_property_readonly("num_devices", &Stepper::num_devices)
       .def("took_part", &Stepper::took_part)
+      .def_property_readonly("answer", &Stepper::answer)
+      .def_property_readonly("stats", &Stepper::stats)
+      .def("forget", &Stepper::forget)
       .def("update_captured", &Stepper::update_captured);
 }

@@ -21,6 +21,8 @@ class PhaseOptions {
   void begin() { num_groups_ = 0; }
   // Reads the next group's, which must be those of the first but for ema_decay. Throws, naming the group.
   void read_group(PyObject* dict, const char* optimizer);
+  // The same for a constructor's arguments.
+  void check(PyObject* dict, const std::string& optimizer) { read(dict, optimizer + ": "); }
 
   bool clips() const { return clip_; }
   bool skips() const { return skip_; }
@@ -32,6 +34,9 @@ class PhaseOptions {
   double ema_decay() const { return ema_decay_; }
 
  private:
+  // `where`: what an error says before the option's name.
+  void read(PyObject* dict, const std::string& where);
+
   enum Key { kMaxGradNorm, kNormType, kSkipNonfinite, kEmaDecay, kStats, kNumKeys };
   PyObject* get(PyObject* dict, Key key) const;
 

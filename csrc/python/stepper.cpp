@@ -149,6 +149,7 @@ class Stepper::Scan {
   float* report_inf = nullptr;
   int report_device = kCpu;
   bool wants_norm = false, averages = false;
+  bool has_same_states = false;  // no parameter can have got a state since the last scan
   bool amp_on_device = false;
   std::vector<py::object> moved_scalars;
   struct List {
@@ -289,8 +290,11 @@ Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* para
     if (!scan->has_ema[group]) return takes(Part::kNone), Look::kSitsOut;
     takes(Part::kAverage);
     if (grad) *grad = Py_None;
-    if (entry.known != Part::kAverage || !unchanged(entry, averages_.at(n).row, param, scan)) return Look::kChanged;
-    return Look::kUnchanged;
+    if (entry.known == Part::kNone && entry.param == param && scan->has_same_states) return takes(Part::kNone), Look::kSitsOut;
+    const bool same = entry.known == Part::kStep      ? unchanged(entry, row, param, scan)
+                      : entry.known == Part::kAverage ? unchanged(entry, averages_.at(n).row, param, scan)
+                                                      : false;
+    return same ? Look::kUnchanged : Look::kChanged;
   };
   if (entry.group != group || entry.index != index) {
     entry.param = nullptr;
@@ -419,9 +423,8 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   }
 
   std::unique_ptr<Layout> layout;
-  if (has_ema && (is_sparse || !has_grad)) {
-    const int ema = streams.count - 1;
-    plan_average(dirty.entry, streams.view[kParam], streams.view[ema]);
+  if (has_ema) {
+    plan_average(dirty.entry, streams.view[kParam], streams.view[streams.count - 1]);
     const Layout* planned = averages_.at(dirty.entry).layout.get();
     if (!has_grad && planned) layout = std::make_unique<Layout>(*planned);  // to be compared with
   }
@@ -510,6 +513,11 @@ void Stepper::read_groups(Scan* scan) {
     n += PyList_GET_SIZE(params);
   }
   if (n == entries_.size()) return;
+  const auto forget_behind = [n](auto* by_entry) {
+    for (auto it = by_entry->begin(); it != by_entry->end();) it = it->first >= n ? by_entry->erase(it) : std::next(it);
+  };
+  forget_behind(&averages_);
+  forget_behind(&sparse_);
   entries_.resize(n);
   rows_.resize(n);
   scan->memory_changed = true;  // it points to the rows
@@ -586,7 +594,8 @@ bool Stepper::refresh_dirty(py::handle optimizer, Scan* scan) {
       if (PyErr_Occurred()) throw py::error_already_set();
     }
     if (lacks_ema && dirty.grad == Py_None) {  // it is what the parameter is, until that moves
-      entry.part = Part::kNone;
+      entry.part = entry.known = Part::kNone;
+      entry.param = dirty.param;
       continue;
     }
     refresh(dirty, lacks_ema ? nullptr : param_state, scan);
@@ -930,7 +939,7 @@ bool Stepper::find_buffers(py::handle optimizer, Scan* scan) {
 
 void Stepper::find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer) {
   *buffer = {};
-  py::object tensor = optimizer.attr("_buffer")(what, size, torch_device(device));
+  py::object tensor = optimizer.attr("_new_buffer")(size, torch_device(device));
   TensorView view;
   std::string why;
   if (!read_tensor(tensor.ptr(), &view, &why)) throw std::runtime_error(optimizer_ + ": " + what + " " + why);
@@ -964,10 +973,10 @@ void Stepper::place_parts(bool norm, bool stats) {
 int64_t Stepper::prepare_averages(Scan* scan) {
   average_rows_.clear();
   int64_t cost = 0;
-  for (const auto& [n, average] : averages_) {
+  for (size_t n = 0; n < entries_.size() && !averages_.empty(); ++n) {
     const Entry& entry = entries_[n];
-    if (!entry.has_ema || !(entry.part == Part::kAverage || (entry.part == Part::kStep && entry.is_sparse))) continue;
-    TensorRow row = average.row;
+    if (entry.part != Part::kAverage && !(entry.part == Part::kStep && entry.is_sparse && entry.has_ema)) continue;
+    TensorRow row = averages_.at(n).row;
     const bool starts = scan->starting.count(entry.param) != 0;
     row.scalars = rule_->average_scalars(entry.group, entry.dtype, starts);
     if (entry.device != kCpu) {
@@ -1054,10 +1063,8 @@ int Stepper::num_devices() const {
   return static_cast<int>(devices.size());
 }
 
-std::vector<bool> Stepper::took_part() const {
-  std::vector<bool> parts(entries_.size());
-  for (size_t n = 0; n < entries_.size(); ++n) parts[n] = entries_[n].part == Part::kStep;
-  return parts;
+void Stepper::forget() {
+  for (Entry& entry : entries_) entry.param = nullptr;
 }
 
 int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict state, py::object grad_scale,
@@ -1065,8 +1072,11 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
   const Busy busy(this);
   const FloatMode mode;  // the scalars too are computed in the default modes
   Scan scan;
-  const bool has_verdict = !found_inf.is_none();
-  if (has_verdict) {
+  // torch's GradScaler gives this where no gradient was looked at.
+  if (PyLong_CheckExact(found_inf.ptr()) && PyObject_IsTrue(found_inf.ptr()) == 0) found_inf = py::none();
+  // What it says of gradients that were unscaled long ago may not be true of what has become of them.
+  const bool has_verdict = !found_inf.is_none() && !grad_scale.is_none();
+  if (!found_inf.is_none()) {
     const TensorView view = read_scalar(found_inf, optimizer_, "found_inf");
     if (view.device != kCpu) {
       scan.found_inf = std::move(found_inf);
@@ -1112,6 +1122,10 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
     for (;;) {
       scan.begin();
       read_groups(&scan);
+      const Py_ssize_t num_states = PyDict_GET_SIZE(scan.state.ptr());
+      scan.has_same_states = states_ == scan.state.ptr() && num_states_ == num_states;
+      states_ = scan.state.ptr();
+      num_states_ = num_states;
       scan.wants_norm = phase_.clips() || scan.report_inf || (phase_.skips() && !has_verdict);
       if (scan.hold) {
         scan_holding(&scan);
@@ -1129,6 +1143,8 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
     prepare_tables(&scan, cost);
   }
   has_norm_ |= scan.wants_norm && answer_.at;
+  took_part_.assign(phase_.wants_stats() ? entries_.size() : 0, false);
+  for (size_t n = 0; n < took_part_.size(); ++n) took_part_[n] = entries_[n].part == Part::kStep;
   if (is_to_be_skipped(&scan, cost, max_threads)) {
     if (phase_.wants_stats()) run_paused(&scan, cost, max_threads);
     return 0;

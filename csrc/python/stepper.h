@@ -24,7 +24,7 @@ class Stepper {
   ~Stepper();
 
   // One step over all groups; torch.optim's param_groups and state. Of the optimizer it calls _new_states, for what
-  // parameters have not, and _buffer. `report_inf`: a tensor to be told whether a gradient was inf or nan, or None.
+  // parameters have not, and _new_buffer. `report_inf`: a tensor to be told whether a gradient was inf or nan, or None.
   // Returns how many parameters were updated. If it throws, no parameter, state or step count was changed.
   int64_t step(py::handle optimizer, py::list param_groups, py::dict state, py::object grad_scale, py::object found_inf,
                py::object report_inf, int max_threads);
@@ -33,8 +33,13 @@ class Stepper {
   bool norm_is_double() const { return norm_is_double_; }
   // How many devices the parameters of the last step lay on.
   int num_devices() const;
-  // Which parameters the last step updated.
-  std::vector<bool> took_part() const;
+  // Which parameters the last step with statistics updated.
+  const std::vector<bool>& took_part() const { return took_part_; }
+  // The tensors that the steps left their findings in; null if there was nothing.
+  py::object answer() const { return answer_.tensor ? answer_.tensor : py::none(); }
+  py::object stats() const { return stats_.tensor ? stats_.tensor : py::none(); }
+  // Reads everything anew in the next step.
+  void forget();
   // Writes the groups' options of now to the tables of captured CUDA graphs: their next replays use them.
   void update_captured(py::list param_groups);
 
@@ -117,6 +122,9 @@ class Stepper {
   };
   Buffer answer_, stats_;
   std::vector<std::byte> options_;  // for the kernels: cuda::Options, groups
+  std::vector<bool> took_part_;
+  PyObject* states_ = nullptr;  // the dict of the last scan, and its size
+  Py_ssize_t num_states_ = -1;
   void find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer);
   int64_t num_parts_[kNumDTypes] = {};
   bool has_parts_ = false, has_norm_ = false, norm_is_double_ = false;
