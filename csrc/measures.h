@@ -48,7 +48,7 @@ struct Question {
 // The answer, as a tensor of doubles.
 constexpr int kStatsSize = 6;  // a parameter's, as a row of a tensor of doubles
 
-enum Answer { kNorm, kClip, kSkip, kSkippedSteps, kSum, kLargest, kAnswerSize = 8 };
+enum Answer { kNorm, kClip, kSkip, kSkippedSteps, kSum, kLargest, kAveragedSteps, kAnswerSize = 8 };
 
 namespace {
 
@@ -76,12 +76,21 @@ FUSEDOPT_HD inline StatsPart combine(const StatsPart& a, const StatsPart& b) {
           a.lost + b.lost};
 }
 
+// Rounded to float. (g++ 12 at -O3 vectorizes `is_double ? x : double(float(x))` wrongly: the rounding is gone.)
+FUSEDOPT_HD inline double rounded(double x) {
+  float narrow = static_cast<float>(x);
+#ifndef __CUDA_ARCH__
+  asm("" : "+m"(narrow));
+#endif
+  return narrow;
+}
+
 // As a tensor's row: norms in the parameter's opmath.
 FUSEDOPT_HD inline void write_stats(const StatsPart& stats, bool is_double, double* out) {
   const double sums[] = {stats.grad, stats.param, stats.change};
   for (int k = 0; k < 3; ++k) {
     const double norm = portable::sqrt_one(sums[k]);
-    out[k] = is_double ? norm : static_cast<double>(static_cast<float>(norm));
+    out[k] = is_double ? norm : rounded(norm);
   }
   out[3] = stats.ratio;
   out[4] = static_cast<double>(stats.nonfinite);
@@ -111,7 +120,7 @@ FUSEDOPT_HD inline void decide(const Question& question, bool found_inf, double*
   const double exact = question.infinity_norm ? answer[kLargest] : portable::sqrt_one(answer[kSum]);
   const double telling = question.largest ? answer[kLargest] : answer[kSum];
   const bool is_finite = telling - telling == 0;
-  answer[kNorm] = question.is_double ? exact : static_cast<double>(static_cast<float>(exact));
+  answer[kNorm] = question.is_double ? exact : rounded(exact);
   answer[kClip] = !question.clip       ? 1.0
                   : question.is_double ? clip_coefficient(exact, question.max_norm)
                                        : clip_coefficient(static_cast<float>(exact), question.max_norm);

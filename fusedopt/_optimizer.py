@@ -183,6 +183,15 @@ class FusedOptimizer(Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             return torch.zeros(size, dtype=torch.float64, device=device)
 
+    def _has_averages(self) -> bool:
+        return any("ema" in param_state for param_state in self.state.values())
+
+    @staticmethod
+    def _set_averaged(answer: Tensor, steps: int) -> None:
+        """Tell the answer's tensor how many steps the averages have made: at 0 they begin with the next."""
+        with torch.no_grad():
+            answer[6] = steps
+
     def _only_device(self) -> torch.device | None:
         """The device of all parameters with gradients; None if there are several, or none."""
         params = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
@@ -214,7 +223,7 @@ class FusedOptimizer(Optimizer):
         `state_dict`.
         """
         answer: Tensor | None = self._stepper.answer
-        return torch.zeros((), dtype=torch.int64) if answer is None else answer[3].to(torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu") if answer is None else answer[3].to(torch.int64)
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Return what the last step did to each parameter that took part, by name. Waits for the device.
@@ -232,9 +241,9 @@ class FusedOptimizer(Optimizer):
 
         Norms are given in the precision of the parameter's arithmetic, and accumulated in double, from short sums of
         squares in that arithmetic (so in float32 the `update_norm` knows no changes below 1e-19, and is inf from about
-        4e18; g and p are not affected).
-        Of a parameter with a sparse gradient all are those of the touched elements. After a skipped step, if the
-        gradients decided it, they are of that step, and nothing changed.
+        4e18; g and p are not affected). Of a parameter with a sparse gradient all are those of the touched elements;
+        complex elements are two. After a skipped step, if the gradients decided it, they are of that step, and nothing
+        changed.
 
         Raises:
             RuntimeError: no step was made with `stats` set, or parameters were added or removed since.
@@ -314,15 +323,12 @@ class FusedOptimizer(Optimizer):
     def _initial_state(self, param: Tensor, name: str) -> Tensor:
         return torch.zeros_like(param, memory_format=torch.preserve_format)
 
-    def _new_states(
-        self, missing: list[tuple[Tensor, list[str], dict[str, Any]]]
-    ) -> tuple[list[dict[str, Tensor]], bool]:
-        """State that parameters have not yet, and whether none has an "ema"; each comes with the names and its group.
+    def _new_states(self, missing: list[tuple[Tensor, list[str], dict[str, Any]]]) -> list[dict[str, Tensor]]:
+        """State that parameters have not yet; each comes with the names and its group.
 
         The step counts of a device are views of one buffer. As in torch, they live beside CUDA parameters if the group
         is capturable or fused, else on the CPU. An "ema" begins with what the parameter is.
         """
-        has_no_ema = not any("ema" in param_state for param_state in self.state.values())
         with torch.no_grad():
             dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
             where = [
@@ -342,7 +348,7 @@ class FusedOptimizer(Optimizer):
                     return param.detach().clone(memory_format=torch.preserve_format)
                 return self._initial_state(param, name)
 
-            return [{name: new_state(param, name) for name in names} for param, names, _ in missing], has_no_ema
+            return [{name: new_state(param, name) for name in names} for param, names, _ in missing]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict replaces whole groups; an option that the checkpoint lacks keeps its present value.

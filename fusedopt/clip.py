@@ -60,6 +60,6 @@ def clip_grad_norm_(
                     f"clip_grad_norm_: the norm of order {order} of the gradients is {norm}, so they were not clipped; "
                     "error_if_nonfinite=False clips all the same"
                 )
-            return torch.tensor(norm, dtype=dtype)
+            return torch.tensor(norm, dtype=dtype, device="cpu")
     again = parameters if isinstance(parameters, Tensor) else params
     return torch.nn.utils.clip_grad_norm_(again, max_norm, norm_type, error_if_nonfinite, foreach)

@@ -38,7 +38,7 @@ class GradScaler(torch.amp.GradScaler):
         if isinstance(optimizer, FusedOptimizer):
             device = optimizer._only_device()
             if device is not None:
-                verdict = torch.zeros((), device=device)
+                verdict = torch.zeros((), dtype=torch.float32, device=device)
                 optimizer._report_inf = verdict
                 found: dict[Any, Any] = {verdict.device: verdict}
                 self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found

@@ -64,7 +64,7 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
   Row& at = rows_[n];
   bool same = at.step == info.step && at.numel == row.numel && at.scalars == scalars && at.variant == info.variant &&
               at.step_is_double == info.step_is_double && layouts_[n] == row.layout && at.ema == row.ema &&
-              at.starts_at_one == info.starts_at_one && at.entry == info.entry;
+              at.entry == info.entry;
   for (int k = 0; k < kMaxStreams; ++k) same &= k == kGrad || at.data[k] == row.data[k];
   if (!same) {
     std::memcpy(at.data, row.data, sizeof at.data);
@@ -75,7 +75,6 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
     at.variant = info.variant;
     at.step_is_double = info.step_is_double;
     at.ema = row.ema;
-    at.starts_at_one = info.starts_at_one;
     at.entry = info.entry;
     layouts_[n] = row.layout;
     rows_changed_ = true;
@@ -243,11 +242,12 @@ void Table::launch_norm(bool is_first, bool is_last) {
   cuda_->launch_norm(info_.dtype, args, info_.device, info_.stream);
 }
 
-void Table::launch(bool counts_skips) {
+void Table::launch(bool counts_skips, bool counts_averages) {
   if (num_chunks_ == 0 && !full_) return;  // nothing but empty tensors
   Where where;
   std::memcpy(&where, args_.data(), sizeof where);
   where.counts_skips = counts_skips;
+  where.counts_averages = counts_averages;
   std::memcpy(args_.data(), &where, sizeof where);
   ++num_launches;
   cuda_->launch(info_.rule, info_.dtype, full_, args_.data(), info_.device, info_.stream);

@@ -25,7 +25,6 @@ struct RowInfo {
   bool step_is_double;
   void* step;         // null: the host counts
   int32_t entry = 0;  // its place in the statistics
-  bool starts_at_one = false;
 };
 
 // What is the same for all rows of a launch.
@@ -60,7 +59,7 @@ class Table {
   void prepare(const StepInfo& info, bool changed);
   // The norm of all gradients: of the tables of several dtypes, one after the other.
   void launch_norm(bool is_first, bool is_last);
-  void launch(bool counts_skips);
+  void launch(bool counts_skips, bool counts_averages);
   // Uploads the groups' options to the tables of captured graphs.
   void update_captured(const StepInfo& info);
   bool empty() const { return num_rows_ == 0; }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "../lanes/scalar.h"
 #include "../rules/rules.h"
@@ -117,7 +118,7 @@ FUSEDOPT_DEVICE void include(StatsPart* mine, T grad, T before, T after, T chang
       before == 0 || before - before != 0 ? T(0) : div_one(std::fabs(sub_one(after, before)), std::fabs(before));
   mine->ratio = combine(NormPart{0, mine->ratio}, NormPart{0, static_cast<double>(ratio)}).largest;
   mine->nonfinite += !(grad - grad == 0);
-  mine->lost += change != 0 && before == after;
+  mine->lost += change != 0 && difference == 0;
 }
 
 // Adds what each thread of a block has seen to the chunk's part, which the first thread writes.
@@ -400,6 +401,8 @@ FUSEDOPT_DEVICE void step_thread(const Args<Rule, T>& args, int64_t block, int64
   using Scalars = typename Rule::template Scalars<T>;
   const bool skips = kFull && is_skipped(args.at);
   if (skips && !(Rule::kHasCompany && args.at.stats)) return;
+  // The averages begin with what the first step leaves that is not skipped.
+  const bool starts = kFull && args.at.answer && *global(args.at.answer + kAveragedSteps) == 0;
   Scalars s;
   int32_t scalars_of = -1;
   double scalars_at = 0;
@@ -407,6 +410,7 @@ FUSEDOPT_DEVICE void step_thread(const Args<Rule, T>& args, int64_t block, int64
     const int32_t n = *global(args.at.row_of_chunk + chunk);
     const Row& row = *global(args.at.rows + n);
     Ema ema = kFull ? row.ema : Ema::kNone;
+    if (starts && ema == Ema::kMove) ema = Ema::kCopy;
     bool is_known = false;
     if constexpr (kFull && Rule::kCountsSteps) {
       if (row.step) {
@@ -416,7 +420,6 @@ FUSEDOPT_DEVICE void step_thread(const Args<Rule, T>& args, int64_t block, int64
         scalars_of = row.scalars;
         scalars_at = step;
         is_known = true;
-        if (row.starts_at_one && step == 1) ema = Ema::kCopy;
       }
     }
     if (!is_known) {
@@ -424,6 +427,7 @@ FUSEDOPT_DEVICE void step_thread(const Args<Rule, T>& args, int64_t block, int64
                                : args.scalars[row.scalars];
       scalars_of = -1;
     }
+    if constexpr (std::is_same_v<Rule, Average>) s.flags |= ema == Ema::kCopy ? Common::kAverageStarts : 0u;
     const int64_t begin = (chunk - row.first_chunk) * kChunk;
     const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
     std::byte* const grad = *global(args.at.grads + n);
@@ -452,6 +456,7 @@ FUSEDOPT_DEVICE void count_steps(const Args<Rule, T>& args, int thread) {
     if (args.at.counts_skips && thread == 0) *global(args.at.answer + kSkippedSteps) += 1;
     return;
   }
+  if (args.at.counts_averages && thread == 0) *global(args.at.answer + kAveragedSteps) += 1;
   for (int64_t n = thread; n < args.at.num_rows; n += kThreads) {
     const Row& row = *global(args.at.rows + n);
     if (!row.step) continue;

@@ -29,8 +29,7 @@ struct Row {
   int32_t scalars;  // which set; with a step count on the device: which group
   int32_t entry;    // the parameter's place in the statistics
   int16_t variant;
-  Ema ema;             // what becomes of the average, the stream behind the states
-  bool starts_at_one;  // an average that begins with the first step that is not skipped
+  Ema ema;  // what becomes of the average, the stream behind the states
   bool step_is_double;
 };
 
@@ -82,7 +81,8 @@ struct Where {
   // Null if they are not wanted: parts, and a row for each parameter.
   StatsPart* stats_parts;
   double* stats;
-  bool counts_skips;  // that found_inf says; those of the answer are counted
+  bool counts_skips;     // that found_inf says; those of the answer are counted
+  bool counts_averages;  // the last launch of a step does
 };
 
 // The argument of the kernel that measures the gradients' norm. Those of several dtypes are launched one after the

@@ -153,13 +153,20 @@ py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool er
 py::object Clipper::clip_on_device(Grads* grads, const Question& question, const py::function& buffer) {
   const int device = grads->device;
   const TorchDevice current(device);
-  if (!answer_ || answer_device_ != device) {
-    answer_ = buffer(static_cast<int>(kAnswerSize), torch_device(device));
-    answer_device_ = device;
+  void* const stream = current_stream(device);
+  const auto is_it = [&](const auto& known) { return known->device == device && known->stream == stream; };
+  auto found = std::find_if(streams_.begin(), streams_.end(), is_it);
+  if (found == streams_.end()) {
+    auto made = std::make_unique<OnStream>();
+    made->device = device;
+    made->stream = stream;
+    made->answer = buffer(static_cast<int>(kAnswerSize), torch_device(device));
+    found = streams_.insert(streams_.end(), std::move(made));
   }
+  OnStream& here = **found;
   TensorView answer;
   std::string why;
-  if (!read_tensor(answer_.ptr(), &answer, &why)) throw std::runtime_error("clip_grad_norm_: " + why);
+  if (!read_tensor(here.answer.ptr(), &answer, &why)) throw std::runtime_error("clip_grad_norm_: " + why);
   const cuda::Options options = {question};
   const Common::Scalars<float> scalars_f32 = Common::scalars<float>({}, false, 0);
   const Common::Scalars<double> scalars_f64 = Common::scalars<double>({}, false, 0);
@@ -168,15 +175,8 @@ py::object Clipper::clip_on_device(Grads* grads, const Question& question, const
     const auto& rows = grads->by_dtype[dtype].rows;
     if (rows.empty()) continue;
     const DType type = static_cast<DType>(dtype);
-    const auto is_it = [&](const auto& known) { return known->device == device && known->dtype == type; };
-    auto found = std::find_if(tables_.begin(), tables_.end(), is_it);
-    if (found == tables_.end()) {
-      tables_.push_back(std::make_unique<OnDevice>());
-      found = std::prev(tables_.end());
-      (*found)->device = device;
-      (*found)->dtype = type;
-    }
-    cuda::Table& table = (*found)->table;
+    if (!here.tables[dtype]) here.tables[dtype] = std::make_unique<cuda::Table>();
+    cuda::Table& table = *here.tables[dtype];
     const bool is_double = type == DType::kFloat64;
     table.begin();
     for (const TensorRow& row : rows) {
@@ -193,15 +193,15 @@ py::object Clipper::clip_on_device(Grads* grads, const Question& question, const
     info.how = {false, 1, question.largest};
     info.answer = reinterpret_cast<double*>(answer.data);
     info.device = device;
-    info.stream = current_stream(device);
+    info.stream = stream;
     info.capturing = cuda::runtime()->is_capturing(info.stream);
     table.prepare(info, true);
     tables.push_back(&table);
   }
   records::bump_versions(grads->tensors.data(), grads->tensors.size());
   for (cuda::Table* table : tables) table->launch_norm(table == tables.front(), table == tables.back());
-  for (cuda::Table* table : tables) table->launch(false);
-  return py::make_tuple(answer_, question.is_double);
+  for (cuda::Table* table : tables) table->launch(false, false);
+  return py::make_tuple(here.answer, question.is_double);
 }
 
 }  // namespace fusedopt

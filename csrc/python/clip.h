@@ -20,18 +20,18 @@ class Clipper {
                   const py::function& buffer, int max_threads);
 
  private:
-  struct OnDevice {
+  // Kernels of several streams may wait at once, so each has tables of its own.
+  struct OnStream {
     int device;
-    DType dtype;
-    cuda::Table table;
+    void* stream;
+    py::object answer;
+    std::unique_ptr<cuda::Table> tables[kNumDTypes];
   };
   struct Grads;
   py::object clip_on_host(Grads* grads, const struct Question& question, bool error_if_nonfinite, int max_threads);
   py::object clip_on_device(Grads* grads, const struct Question& question, const py::function& buffer);
 
-  std::vector<std::unique_ptr<OnDevice>> tables_;
-  py::object answer_;  // of the device used last
-  int answer_device_ = kCpu;
+  std::vector<std::unique_ptr<OnStream>> streams_;
 };
 
 }  // namespace fusedopt

@@ -40,7 +40,8 @@ void PhaseOptions::read(PyObject* dict, const std::string& where) {
   const bool in_group = where.back() == ']';
   const auto name = [&](Key key) { return where + (in_group ? "['" : "") + kNames[key] + (in_group ? "']" : ""); };
   const auto fail = [&](Key key, const char* wanted, PyObject* value, const char* more = "") {
-    const std::string problem = name(key) + " must be " + wanted + ", got " + py::repr(value).cast<std::string>() + more;
+    const std::string problem =
+        name(key) + " must be " + wanted + ", got " + py::repr(value).cast<std::string>() + more;
     if (PyFloat_Check(value) || PyLong_CheckExact(value)) throw py::value_error(problem);
     throw py::type_error(problem);
   };

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <unordered_set>
 
 #include "../cpu/float_mode.h"
 #include "../cpu/run.h"
@@ -20,7 +19,6 @@ struct Stepper::Entry {
   Part part = Part::kNone;   // of this step
   Part known = Part::kNone;  // what it was read for
   bool has_ema = false, is_complex = false;
-  bool average_starts = false;  // with the first step that is not skipped, which a device may decide
   bool in_memory = false;
   bool step_is_double = false;
   bool step_on_device = false;
@@ -149,7 +147,8 @@ class Stepper::Scan {
   float* report_inf = nullptr;
   int report_device = kCpu;
   bool wants_norm = false, averages = false;
-  bool has_same_states = false;  // no parameter can have got a state since the last scan
+  bool is_update_of_reporting = false;  // update_captured() of a step that told GradScaler what it found
+  bool has_same_states = false;         // no parameter can have got a state since the last scan
   bool amp_on_device = false;
   std::vector<py::object> moved_scalars;
   struct List {
@@ -158,15 +157,14 @@ class Stepper::Scan {
   };
   std::vector<int> variants;       // of each group
   std::vector<char> has_ema;       // does each group average its weights?
+  std::vector<double> ema_decays;  // -1 if not
   std::vector<List> lists;         // of each group
   std::vector<PyObject*> written;  // the parameters of this step
   std::vector<Dirty> dirty;
   std::vector<size_t> moved_grads;
   // Parameters whose state this step made, and what was there before, null or an empty dict: put back if it fails.
   std::vector<std::pair<PyObject*, PyObject*>> made_state;
-  // States that got an average in this step; and those of them that begin with what the weights will be.
-  std::vector<PyObject*> made_averages;
-  std::unordered_set<PyObject*> starting;
+  std::vector<PyObject*> made_averages;  // states that got an average in this step
   int64_t cost = 0;
   bool memory_changed = false;
   // References to every gradient and all state are held, so that the GIL may be released. A step of little work keeps
@@ -177,6 +175,7 @@ class Stepper::Scan {
   void begin() {
     variants.clear();
     has_ema.clear();
+    ema_decays.clear();
     lists.clear();
     written.clear();
     dirty.clear();
@@ -290,7 +289,8 @@ Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* para
     if (!scan->has_ema[group]) return takes(Part::kNone), Look::kSitsOut;
     takes(Part::kAverage);
     if (grad) *grad = Py_None;
-    if (entry.known == Part::kNone && entry.param == param && scan->has_same_states) return takes(Part::kNone), Look::kSitsOut;
+    if (entry.known == Part::kNone && entry.param == param && scan->has_same_states)
+      return takes(Part::kNone), Look::kSitsOut;
     const bool same = entry.known == Part::kStep      ? unchanged(entry, row, param, scan)
                       : entry.known == Part::kAverage ? unchanged(entry, averages_.at(n).row, param, scan)
                                                       : false;
@@ -327,7 +327,6 @@ Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* para
 void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   Entry& entry = entries_[dirty.entry];
   TensorRow& row = rows_[dirty.entry];
-  if (entry.param != dirty.param) entry.average_starts &= scan->starting.count(dirty.param) != 0;
   const ParamName who = name(entry, *scan);
   Streams streams;
   std::string why;
@@ -493,6 +492,7 @@ void Stepper::read_options(Scan* scan) {
     scan->context.has_ema = phase_.has_ema();
     scan->context.ema_decay = phase_.ema_decay();
     scan->has_ema.push_back(phase_.has_ema());
+    scan->ema_decays.push_back(phase_.has_ema() ? phase_.ema_decay() : -1);
     scan->variants.push_back(rule_->read_group(group, optimizer_.c_str(), scan->context));
   }
 }
@@ -595,7 +595,7 @@ bool Stepper::refresh_dirty(py::handle optimizer, Scan* scan) {
     }
     if (lacks_ema && dirty.grad == Py_None) {  // it is what the parameter is, until that moves
       entry.part = entry.known = Part::kNone;
-      entry.param = dirty.param;
+      entry.param = param_state ? nullptr : dirty.param;  // it may get one without the dict of all noticing
       continue;
     }
     refresh(dirty, lacks_ema ? nullptr : param_state, scan);
@@ -624,19 +624,12 @@ bool Stepper::refresh_dirty(py::handle optimizer, Scan* scan) {
     }
   }
 
-  const py::tuple answer = optimizer.attr("_new_states")(missing);
-  const py::list made = answer[0];
-  const bool starts = answer[1].cast<bool>();  // no parameter has an average yet
+  const py::list made = optimizer.attr("_new_states")(missing);
   scan->str_ema = str_ema_;
   for (size_t i = 0; i < without_state.size(); ++i) {
     PyObject* param = without_state[i].param;
     PyObject* before = PyDict_GetItemWithError(scan->state.ptr(), param);
     if (before) scan->held.keep(before);
-    Entry& entry = entries_[without_state[i].entry];
-    if (starts && scan->has_ema[entry.group]) {
-      scan->starting.insert(param);
-      entry.average_starts = before == nullptr || !PyDict_Check(before) || PyDict_GET_SIZE(before) == 0;
-    }
     const py::dict one = made[i];
     if (!one.contains(py::handle(str_step_))) {
       if (PyDict_SetItem(before, str_ema_, py::object(one["ema"]).ptr()) != 0) throw py::error_already_set();
@@ -792,8 +785,7 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     TensorRow& row = rows_[n];
     if (row.start != cost) row.start = cost;
     if (entry.part != Part::kStep) continue;
-    const bool starts = !scan->starting.empty() && scan->starting.count(entry.param);
-    const Ema ema = !entry.has_ema || entry.is_sparse ? Ema::kNone : starts ? Ema::kCopy : Ema::kMove;
+    const Ema ema = !entry.has_ema || entry.is_sparse ? Ema::kNone : starts(entry) ? Ema::kCopy : Ema::kMove;
     if (row.ema != ema) row.ema = ema;
     norm_is_double_ |= scan->wants_norm && entry.dtype == DType::kFloat64;
     if (entry.is_complex && scan->wants_norm && phase_.infinity_norm())
@@ -840,8 +832,7 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     if (!entry.step_on_device) there->host_counted = &entry;
     scan->averages |= row.ema != Ema::kNone;
     there->table.add(row, {entry.step_on_device ? nullptr : scalars, static_cast<int32_t>(entry.group), entry.variant,
-                           entry.step_is_double, entry.step_on_device ? entry.step : nullptr, static_cast<int32_t>(n),
-                           entry.average_starts});
+                           entry.step_is_double, entry.step_on_device ? entry.step : nullptr, static_cast<int32_t>(n)});
   }
   const bool norm = scan->wants_norm, stats = phase_.wants_stats();
   if (norm || stats || has_parts_) place_parts(norm, stats);
@@ -861,8 +852,20 @@ void Stepper::prepare_tables(Scan* scan, int64_t cost) {
     if (info.capturing && cost > 0)
       throw std::runtime_error(optimizer_ + ": the step of a CPU parameter cannot be captured in a CUDA graph");
     known->table.prepare(info, refreshed_);
+    if (!info.capturing) continue;
+    // A graph may be replayed, and write there, for as long as the process lives.
+    for (const py::object& tensor : {answer_.tensor, stats_.tensor}) {
+      if (tensor) py::object(tensor).release();
+    }
+    captured_ = phase_of(*scan);
+    if (known->rule == kAverageRule) captured_.averages_alone = true;
   }
   refreshed_ = false;
+}
+
+Stepper::Phase Stepper::phase_of(const Scan& scan) const {
+  return {scan.wants_norm,      scan.report_inf != nullptr, phase_.infinity_norm(),
+          phase_.wants_stats(), captured_.averages_alone,   scan.ema_decays};
 }
 
 // The steps of all devices. What is decided by all gradients comes first, by their dtypes in order; averages of what a
@@ -880,13 +883,23 @@ void Stepper::launch_tables(const Scan& scan) {
       table->table.launch_norm(table == of_rule.front(), table == of_rule.back());
     }
   }
+  // The last one where the answer lies counts the step of the averages.
+  OnDevice* last = nullptr;
+  for (const auto* tables : {&of_rule, &of_average}) {
+    for (OnDevice* table : *tables) {
+      if (scan.averages && answer_.at && table->device == answer_.device) last = table;
+    }
+  }
+  bool counted = false;
   for (OnDevice* table : of_rule) {
     const TorchDevice current(table->device);
-    table->table.launch(table == of_rule.front() && answer_.at && !scan.wants_norm && !scan.found_inf.is_none());
+    const bool counts_skips = !scan.wants_norm && !scan.found_inf.is_none() && table->device == answer_.device;
+    table->table.launch(counts_skips && !counted, table == last);
+    counted |= counts_skips;
   }
   for (OnDevice* table : of_average) {
     const TorchDevice current(table->device);
-    table->table.launch(false);
+    table->table.launch(false, table == last);
   }
 }
 
@@ -896,6 +909,26 @@ void Stepper::update_captured(py::list param_groups) {
   Scan scan;
   scan.groups = std::move(param_groups);
   read_options(&scan);
+  scan.wants_norm = captured_.norm;
+  scan.is_update_of_reporting = captured_.reports;
+  const bool measures = phase_.clips() || phase_.skips();
+  const auto has_ema = [](double decay) { return decay >= 0; };
+  const auto& before = captured_.ema_decays;
+  bool same = captured_.norm || !measures;
+  same &= !captured_.norm || captured_.infinity_norm == phase_.infinity_norm();
+  same &= captured_.stats == phase_.wants_stats();
+  if (before.size() == scan.ema_decays.size()) {
+    for (size_t g = 0; g < before.size(); ++g) {
+      same &= has_ema(before[g]) == has_ema(scan.ema_decays[g]);
+      same &= !captured_.averages_alone || before[g] == scan.ema_decays[g];
+    }
+  }
+  if (!before.empty() && !same)
+    throw std::runtime_error(
+        optimizer_ +
+        ": what a step measures or averages has changed since it was captured (max_grad_norm, "
+        "skip_nonfinite, ema_decay, stats switched on or off, norm_type, the ema_decay of parameters "
+        "without gradients); capture anew");
   for (const auto& known : tables_) {
     const TorchDevice current(known->device);
     if (known->rule == rule_->id())
@@ -906,7 +939,9 @@ void Stepper::update_captured(py::list param_groups) {
 // Finds the tensors of the optimizer that the step writes beside parameters and state. False if one was made: that ran
 // users' code perhaps, and the scan must begin anew.
 bool Stepper::find_buffers(py::handle optimizer, Scan* scan) {
-  const bool wants_answer = scan->wants_norm || !scan->found_inf.is_none();
+  bool has_ema = false;
+  for (const char each : scan->has_ema) has_ema |= each != 0;
+  const bool wants_answer = scan->wants_norm || !scan->found_inf.is_none() || has_ema;
   if (!wants_answer && !phase_.wants_stats()) return true;
   const Entry* first = nullptr;
   for (const Entry& entry : entries_) {
@@ -930,6 +965,11 @@ bool Stepper::find_buffers(py::handle optimizer, Scan* scan) {
     find_buffer(optimizer, "answer", kAnswerSize, device, &answer_);
     found = false;
   }
+  if (has_ema && (!answer_knows_averages_ || !found)) {
+    optimizer.attr("_set_averaged")(answer_.tensor, num_averaged_);
+    answer_knows_averages_ = true;
+    found = false;
+  }
   if (phase_.wants_stats() && !has(stats_, stats_size)) {
     find_buffer(optimizer, "stats", stats_size, device, &stats_);
     found = false;
@@ -938,6 +978,11 @@ bool Stepper::find_buffers(py::handle optimizer, Scan* scan) {
 }
 
 void Stepper::find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer) {
+  if (device != kCpu) {
+    const TorchDevice current(device);
+    if (cuda::runtime()->is_capturing(current_stream(device)))
+      throw std::runtime_error(optimizer_ + ": make a step with these options before capturing one");
+  }
   *buffer = {};
   py::object tensor = optimizer.attr("_new_buffer")(size, torch_device(device));
   TensorView view;
@@ -948,6 +993,10 @@ void Stepper::find_buffer(py::handle optimizer, const char* what, int64_t size, 
 
 // Says where each row of the host writes its parts.
 void Stepper::place_parts(bool norm, bool stats) {
+  for (TensorRow& row : rows_) {
+    row.norm = nullptr;
+    row.stats = nullptr;
+  }
   int64_t count = 0;
   for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
     const int64_t before = count;
@@ -977,9 +1026,10 @@ int64_t Stepper::prepare_averages(Scan* scan) {
     const Entry& entry = entries_[n];
     if (entry.part != Part::kAverage && !(entry.part == Part::kStep && entry.is_sparse && entry.has_ema)) continue;
     TensorRow row = averages_.at(n).row;
-    const bool starts = scan->starting.count(entry.param) != 0;
-    row.scalars = rule_->average_scalars(entry.group, entry.dtype, starts);
+    row.scalars = rule_->average_scalars(entry.group, entry.dtype, starts(entry));
     if (entry.device != kCpu) {
+      scan->averages = true;
+      row.ema = Ema::kMove;
       OnDevice& there = on_device(entry.device, entry.dtype, kAverageRule);
       there.table.add(row, {row.scalars, static_cast<int32_t>(entry.group), 0, false, nullptr});
       continue;
@@ -1021,7 +1071,7 @@ Question Stepper::question_of(const Scan& scan, bool any_double) const {
   question.largest = phase_.infinity_norm() || any_double;  // a sum of squares of doubles may overflow without an inf
   question.is_double = any_double;
   question.clip = phase_.clips();
-  question.skip = phase_.skips() || scan.report_inf;
+  question.skip = phase_.skips() || scan.report_inf || scan.is_update_of_reporting;
   return question;
 }
 
@@ -1057,7 +1107,7 @@ void Stepper::finish_stats() {
 int Stepper::num_devices() const {
   std::vector<int> devices;
   for (const Entry& entry : entries_) {
-    if (entry.part != Part::kStep) continue;
+    if (entry.known == Part::kNone) return 0;
     if (std::find(devices.begin(), devices.end(), entry.device) == devices.end()) devices.push_back(entry.device);
   }
   return static_cast<int>(devices.size());
@@ -1065,6 +1115,12 @@ int Stepper::num_devices() const {
 
 void Stepper::forget() {
   for (Entry& entry : entries_) entry.param = nullptr;
+  knows_averages_ = false;
+}
+
+// Does a parameter's average begin now, with what the weights will be? Where a device decides about steps, it knows.
+bool Stepper::starts(const Entry& entry) const {
+  return num_averaged_ == 0 && !(entry.device != kCpu && answer_.device == entry.device);
 }
 
 int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict state, py::object grad_scale,
@@ -1075,7 +1131,7 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
   // torch's GradScaler gives this where no gradient was looked at.
   if (PyLong_CheckExact(found_inf.ptr()) && PyObject_IsTrue(found_inf.ptr()) == 0) found_inf = py::none();
   // What it says of gradients that were unscaled long ago may not be true of what has become of them.
-  const bool has_verdict = !found_inf.is_none() && !grad_scale.is_none();
+  bool has_verdict = !found_inf.is_none() && !grad_scale.is_none();
   if (!found_inf.is_none()) {
     const TensorView view = read_scalar(found_inf, optimizer_, "found_inf");
     if (view.device != kCpu) {
@@ -1097,6 +1153,7 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
       // The reciprocal in double, rounded to float: what GradScaler.unscale_ multiplies by.
       scan.context.unscale = true;
       scan.context.inv_scale = static_cast<float>(1.0 / view.first());
+      has_verdict &= scan.context.inv_scale <= 1;  // a larger one may make an inf of what is none
     }
   }
   if (!report_inf.is_none()) {
@@ -1119,13 +1176,16 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
   int64_t cost = 0, average_cost = 0;
   {
     const NoCollection no_collection;
+    scan.has_same_states = states_ == scan.state.ptr() && num_states_ == PyDict_GET_SIZE(scan.state.ptr());
     for (;;) {
       scan.begin();
       read_groups(&scan);
-      const Py_ssize_t num_states = PyDict_GET_SIZE(scan.state.ptr());
-      scan.has_same_states = states_ == scan.state.ptr() && num_states_ == num_states;
-      states_ = scan.state.ptr();
-      num_states_ = num_states;
+      if (!knows_averages_ && std::find(scan.has_ema.begin(), scan.has_ema.end(), 1) != scan.has_ema.end()) {
+        num_averaged_ = optimizer.attr("_has_averages")().cast<bool>();
+        knows_averages_ = true;
+        answer_knows_averages_ = false;
+        continue;
+      }
       scan.wants_norm = phase_.clips() || scan.report_inf || (phase_.skips() && !has_verdict);
       if (scan.hold) {
         scan_holding(&scan);
@@ -1136,6 +1196,8 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
       }
       if (find_buffers(optimizer, &scan)) break;
     }
+    states_ = scan.state.ptr();
+    num_states_ = PyDict_GET_SIZE(states_);
     check_memory(&scan);
     memory_checked_ = true;
     cost = prepare_rows(&scan);
@@ -1156,6 +1218,7 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
 
   // Nothing below can fail, but a device that is out of order.
   scan.keep_state();
+  ++num_averaged_;
   for (Entry& entry : entries_) {
     if (entry.part == Part::kStep && !entry.step_on_device) entry.set_step_count(entry.next_step_count());
   }

@@ -31,7 +31,7 @@ class Stepper {
   // Whether a norm was ever measured, and whether the last is a double (a gradient was).
   bool has_norm() const { return has_norm_; }
   bool norm_is_double() const { return norm_is_double_; }
-  // How many devices the parameters of the last step lay on.
+  // How many devices the parameters lie on; 0 if some have never been read.
   int num_devices() const;
   // Which parameters the last step with statistics updated.
   const std::vector<bool>& took_part() const { return took_part_; }
@@ -61,6 +61,11 @@ class Stepper {
   enum class Look : uint8_t { kSitsOut, kUnchanged, kGradMoved, kChanged };
   // What of a step a parameter takes part in: nothing, the moving average alone, all.
   enum class Part : uint8_t { kNone, kAverage, kStep };
+  // What update_captured() cannot change.
+  struct Phase {
+    bool norm = false, reports = false, infinity_norm = false, stats = false, averages_alone = false;
+    std::vector<double> ema_decays;
+  };
   // The row of the moving average alone: of a parameter that has no gradient, or a sparse one.
   struct AverageRow {
     TensorRow row{};
@@ -83,6 +88,8 @@ class Stepper {
   int64_t prepare_averages(Scan* scan);
   void place_parts(bool norm, bool stats);
   bool is_to_be_skipped(Scan* scan, int64_t cost, int max_threads);
+  bool starts(const Entry& entry) const;
+  Phase phase_of(const Scan& scan) const;
   Question question_of(const Scan& scan, bool any_double) const;
   void run_paused(Scan* scan, int64_t cost, int max_threads);
   void finish_stats();
@@ -123,6 +130,9 @@ class Stepper {
   Buffer answer_, stats_;
   std::vector<std::byte> options_;  // for the kernels: cuda::Options, groups
   std::vector<bool> took_part_;
+  Phase captured_;            // of the step that was captured last
+  int64_t num_averaged_ = 0;  // steps of the averages, as far as the host knows; 0: they begin with the next
+  bool knows_averages_ = false, answer_knows_averages_ = false;
   PyObject* states_ = nullptr;  // the dict of the last scan, and its size
   Py_ssize_t num_states_ = -1;
   void find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer);
