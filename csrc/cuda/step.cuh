@@ -401,8 +401,6 @@ FUSEDOPT_DEVICE void step_thread(const Args<Rule, T>& args, int64_t block, int64
   using Scalars = typename Rule::template Scalars<T>;
   const bool skips = kFull && is_skipped(args.at);
   if (skips && !(Rule::kHasCompany && args.at.stats)) return;
-  // The averages begin with what the first step leaves that is not skipped.
-  const bool starts = kFull && args.at.answer && *global(args.at.answer + kAveragedSteps) == 0;
   Scalars s;
   int32_t scalars_of = -1;
   double scalars_at = 0;
@@ -410,7 +408,8 @@ FUSEDOPT_DEVICE void step_thread(const Args<Rule, T>& args, int64_t block, int64
     const int32_t n = *global(args.at.row_of_chunk + chunk);
     const Row& row = *global(args.at.rows + n);
     Ema ema = kFull ? row.ema : Ema::kNone;
-    if (starts && ema == Ema::kMove) ema = Ema::kCopy;
+    // The averages begin with what the first step leaves that is not skipped.
+    if (ema == Ema::kMove && args.at.answer && *global(args.at.answer + kAveragedSteps) == 0) ema = Ema::kCopy;
     bool is_known = false;
     if constexpr (kFull && Rule::kCountsSteps) {
       if (row.step) {
