@@ -60,17 +60,22 @@ using MeasureFn = void (*)(const TensorRow& row, const NormOptions& options, int
 // What becomes of the weights' moving average, the stream behind the states.
 enum class Ema : uint8_t { kNone, kCopy, kMove };
 
+// What is wanted of a row beside its update.
+struct Beside {
+  Ema ema = Ema::kNone;
+  MeasureFn measure = nullptr;
+  NormPart* norm = nullptr;    // one for each kPart elements, where measure() writes
+  StatsPart* stats = nullptr;  // the same, where update() writes; null: they are not wanted
+};
+
 struct TensorRow {
   std::byte* data[kMaxStreams];
   int64_t numel;
   const Layout* layout;  // null when all streams are dense in one common order: the usual case
   const void* scalars;   // the rule's, for this row's group and step, in opmath; null: the row sits this step out
   UpdateFn update;
-  int64_t start;  // where this row begins in the step's running total of cost
-  MeasureFn measure;
-  NormPart* norm;    // one for each kPart elements, where measure() writes
-  StatsPart* stats;  // the same, where update() writes; null: they are not wanted
-  Ema ema;
+  int64_t start;         // where this row begins in the step's running total of cost
+  const Beside* beside;  // null: nothing
 };
 
 }  // namespace fusedopt

@@ -101,7 +101,7 @@ struct Norm {
     const Scalars unscaled = Common::scalars<T>(context, false, 0);
     for (int64_t at = begin; at < end; at += kPart) {
       const int64_t count = end - at < kPart ? end - at : kPart;
-      NormPart& part = row.norm[at / kPart];
+      NormPart& part = row.beside->norm[at / kPart];
       if (!row.layout) {
         part = add_up(unscaled, reinterpret_cast<const S*>(row.data[kGrad]) + at, count, options.largest);
         continue;

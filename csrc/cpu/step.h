@@ -163,7 +163,8 @@ class Walk {
   }
 
  private:
-  bool has_ema() const { return row_.ema != Ema::kNone; }
+  Ema ema() const { return row_.beside ? row_.beside->ema : Ema::kNone; }
+  bool has_ema() const { return ema() != Ema::kNone; }
 
   // Rows that are dense in all streams: updated where they lie.
   void whole_rows(int64_t begin, int64_t end) {
@@ -278,8 +279,8 @@ class Walk {
     } else {
       update_(row_.scalars, flags_, data, 0, count);
     }
-    if (row_.ema == Ema::kCopy) std::memcpy(data[ema_], data[kParam], count * sizeof(S));
-    if (row_.ema == Ema::kMove) {
+    if (ema() == Ema::kCopy) std::memcpy(data[ema_], data[kParam], count * sizeof(S));
+    if (ema() == Ema::kMove) {
       std::byte* const average[] = {data[kParam], nullptr, data[ema_]};
       Dense<Average, 0, Lane, S, S>::update(&common_, 0, average, 0, count);
     }
@@ -287,7 +288,7 @@ class Walk {
 
   // Behind the last element of a part, or of the piece.
   void finish() {
-    if (stats_ && stats_->num_elements > 0) row_.stats[(at_ - 1) / kPart] = stats_->end_part();
+    if (stats_ && stats_->num_elements > 0) row_.beside->stats[(at_ - 1) / kPart] = stats_->end_part();
   }
 
   const TensorRow& row_;
@@ -306,14 +307,14 @@ void update(const TensorRow& row, int64_t begin, int64_t end) {
   // The sum of a sparse gradient's values is not rounded to their storage type.
   constexpr bool kIsSparse = variant == Rule::kSparseVariant;
   using Rows = Dense<Rule, variant, Lane, S, std::conditional_t<kIsSparse, typename Lane::Scalar, S>>;
-  if (!kIsSparse && !row.layout && row.ema == Ema::kNone && !row.stats)
+  if (!kIsSparse && !row.layout && !row.beside)
     return Rows::update(row.scalars, 0, row.data, begin, end);  // the usual case
   const auto walk = [&](Stats<Lane>* stats) {
     Walk<Lane, S> walk(row, Rows::update, Rows::measured, kState + Rows::kNumStates, stats);
     if constexpr (kIsSparse) return walk.sparse(begin, end);
     row.layout ? walk.strided(begin, end) : walk.dense(begin, end);
   };
-  if (!row.stats) return walk(nullptr);
+  if (!row.beside || !row.beside->stats) return walk(nullptr);
   Stats<Lane> stats;
   walk(&stats);
 }
@@ -382,11 +383,11 @@ void run(const TensorRow* rows, int64_t num_rows, const NormOptions* norm, int64
   }
   for (const TensorRow* row = rows + low; row != rows + num_rows && row->start < end; ++row) {
     if (!row->scalars) continue;
-    const int64_t alignment = norm || row->stats ? kPart : kPieceAlignment;
+    const int64_t alignment = norm || (row->beside && row->beside->stats) ? kPart : kPieceAlignment;
     const int64_t from = piece_boundary(*row, begin, alignment), to = piece_boundary(*row, end, alignment);
     if (from >= to) continue;
     if (norm) {
-      row->measure(*row, *norm, from, to);
+      row->beside->measure(*row, *norm, from, to);
     } else {
       row->update(*row, from, to);
     }

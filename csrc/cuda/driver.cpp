@@ -62,8 +62,9 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
     scalars = found->second;
   }
   Row& at = rows_[n];
+  const Ema ema = row.beside ? row.beside->ema : Ema::kNone;
   bool same = at.step == info.step && at.numel == row.numel && at.scalars == scalars && at.variant == info.variant &&
-              at.step_is_double == info.step_is_double && layouts_[n] == row.layout && at.ema == row.ema &&
+              at.step_is_double == info.step_is_double && layouts_[n] == row.layout && at.ema == ema &&
               at.entry == info.entry;
   for (int k = 0; k < kMaxStreams; ++k) same &= k == kGrad || at.data[k] == row.data[k];
   if (!same) {
@@ -74,7 +75,7 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
     at.scalars = scalars;
     at.variant = info.variant;
     at.step_is_double = info.step_is_double;
-    at.ema = row.ema;
+    at.ema = ema;
     at.entry = info.entry;
     layouts_[n] = row.layout;
     rows_changed_ = true;

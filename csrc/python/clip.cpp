@@ -101,6 +101,7 @@ py::object Clipper::clip(py::list params, double max_norm, bool infinity_norm, b
 py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool error_if_nonfinite, int max_threads) {
   const Target& target = current_target();
   std::vector<TensorRow> rows;
+  std::vector<Beside> beside;
   std::vector<size_t> first_parts, num_parts(kNumDTypes);
   size_t all_parts = 0;
   int64_t cost = 0;
@@ -110,11 +111,11 @@ py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool er
     const DType type = static_cast<DType>(dtype);
     for (TensorRow row : grads->by_dtype[dtype].rows) {
       row.scalars = type == DType::kFloat64 ? static_cast<const void*>(&scalars_f64) : &scalars_f32;
-      row.measure = target.find_norm(type);
       row.update = target.find(kScaleRule, 0, type);
       row.start = cost;
       cost += row.numel + kRowCost;
       rows.push_back(row);
+      beside.push_back({Ema::kNone, target.find_norm(type), nullptr, nullptr});
       first_parts.push_back(all_parts);
       const size_t parts = static_cast<size_t>((row.numel + kPart - 1) / kPart);
       num_parts[dtype] += parts;
@@ -122,7 +123,10 @@ py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool er
     }
   }
   std::vector<NormPart> parts(all_parts);
-  for (size_t i = 0; i < rows.size(); ++i) rows[i].norm = parts.data() + first_parts[i];
+  for (size_t i = 0; i < rows.size(); ++i) {
+    beside[i].norm = parts.data() + first_parts[i];
+    rows[i].beside = &beside[i];
+  }
 
   const auto num_rows = static_cast<int64_t>(rows.size());
   double answer[kAnswerSize] = {};
@@ -143,6 +147,7 @@ py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool er
   if (error_if_nonfinite && !std::isfinite(answer[kNorm])) return norm;  // the caller raises
   records::bump_versions(grads->tensors.data(), grads->tensors.size());
   if (answer[kClip] == 1) return norm;
+  for (TensorRow& row : rows) row.beside = nullptr;
   scalars_f32.clip = static_cast<float>(answer[kClip]);
   scalars_f64.clip = answer[kClip];
   py::gil_scoped_release release;

@@ -146,9 +146,10 @@ class Stepper::Scan {
   py::object grad_scale = py::none(), found_inf = py::none();
   float* report_inf = nullptr;
   int report_device = kCpu;
-  bool wants_norm = false, averages = false;
-  bool is_update_of_reporting = false;  // update_captured() of a step that told GradScaler what it found
-  bool has_same_states = false;         // no parameter can have got a state since the last scan
+  bool wants_norm = false;
+  bool has_averages = false, averages = false;  // an option says so; a GPU has some to move
+  bool is_update_of_reporting = false;          // update_captured() of a step that told GradScaler what it found
+  bool has_same_states = false;                 // no parameter can have got a state since the last scan
   bool amp_on_device = false;
   std::vector<py::object> moved_scalars;
   struct List {
@@ -268,11 +269,14 @@ bool Stepper::unchanged(const Entry& entry, const TensorRow& row, PyObject* para
   PyObject* param_state = value_at(scan->state.ptr(), entry.state_at, param);
   if (!param_state || !PyDict_Check(param_state)) return false;
   if (!still(entry.step_signature, value_at(param_state, entry.step_at, str_step_), entry.step)) return false;
-  for (int k = 0; k < entry.num_streams - kState; ++k) {
-    PyObject* tensor = value_at(param_state, entry.item_at[k], stream_name(entry, k));
+  for (int k = 0; k < entry.num_states; ++k) {
+    PyObject* tensor = value_at(param_state, entry.item_at[k], state_names_[k]);
     if (!still(entry.signature[kState + k], tensor, row.data[kState + k])) return false;
   }
-  return true;
+  if (!entry.has_ema) return true;
+  const int k = entry.num_states;
+  PyObject* tensor = value_at(param_state, entry.item_at[k], str_ema_);
+  return still(entry.signature[kState + k], tensor, row.data[kState + k]);
 }
 
 // The quick way: kChanged sends the parameter to refresh(). May run on several threads, if no references are held.
@@ -460,7 +464,6 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   if (!has_grad) return;
   if (!is_sparse) row.layout = entry.layout.get();
   row.update = device == kCpu ? target_->find(rule_->id(), variant, entry.dtype) : nullptr;
-  row.measure = device == kCpu ? target_->find_norm(entry.dtype) : nullptr;
   const std::byte *from, *to;
   const TensorRow& grad_memory = grad_row(dirty.entry);
   stream_extent(grad_memory, kGrad, itemsize(entry.dtype), &from, &to);
@@ -780,13 +783,21 @@ int64_t Stepper::prepare_rows(Scan* scan) {
   double last_step = 0;
   const void* scalars = nullptr;
   if (scan->wants_norm) norm_is_double_ = false;
+  const bool beside = scan->wants_norm || phase_.wants_stats() || scan->has_averages;
+  if (beside || has_beside_) {
+    beside_.resize(entries_.size());
+    for (size_t n = 0; n < entries_.size(); ++n) rows_[n].beside = beside ? &beside_[n] : nullptr;
+    has_beside_ = beside;
+  }
   for (size_t n = 0; n < entries_.size(); ++n) {
     Entry& entry = entries_[n];
     TensorRow& row = rows_[n];
     if (row.start != cost) row.start = cost;
     if (entry.part != Part::kStep) continue;
     const Ema ema = !entry.has_ema || entry.is_sparse ? Ema::kNone : starts(entry) ? Ema::kCopy : Ema::kMove;
-    if (row.ema != ema) row.ema = ema;
+    if (row.beside) {
+      beside_[n] = {ema, entry.device == kCpu ? target_->find_norm(entry.dtype) : nullptr, nullptr, nullptr};
+    }
     norm_is_double_ |= scan->wants_norm && entry.dtype == DType::kFloat64;
     if (entry.is_complex && scan->wants_norm && phase_.infinity_norm())
       fail(name(entry, *scan), "the parameter",
@@ -830,12 +841,12 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     if (!there || there->device != entry.device || there->dtype != entry.dtype)
       there = &on_device(entry.device, entry.dtype, rule_->id());
     if (!entry.step_on_device) there->host_counted = &entry;
-    scan->averages |= row.ema != Ema::kNone;
+    scan->averages |= ema != Ema::kNone;
     there->table.add(row, {entry.step_on_device ? nullptr : scalars, static_cast<int32_t>(entry.group), entry.variant,
                            entry.step_is_double, entry.step_on_device ? entry.step : nullptr, static_cast<int32_t>(n)});
   }
   const bool norm = scan->wants_norm, stats = phase_.wants_stats();
-  if (norm || stats || has_parts_) place_parts(norm, stats);
+  if (norm || stats) place_parts(norm, stats);
   return cost;
 }
 
@@ -939,8 +950,7 @@ void Stepper::update_captured(py::list param_groups) {
 // Finds the tensors of the optimizer that the step writes beside parameters and state. False if one was made: that ran
 // users' code perhaps, and the scan must begin anew.
 bool Stepper::find_buffers(py::handle optimizer, Scan* scan) {
-  bool has_ema = false;
-  for (const char each : scan->has_ema) has_ema |= each != 0;
+  const bool has_ema = scan->has_averages;
   const bool wants_answer = scan->wants_norm || !scan->found_inf.is_none() || has_ema;
   if (!wants_answer && !phase_.wants_stats()) return true;
   const Entry* first = nullptr;
@@ -993,25 +1003,20 @@ void Stepper::find_buffer(py::handle optimizer, const char* what, int64_t size, 
 
 // Says where each row of the host writes its parts.
 void Stepper::place_parts(bool norm, bool stats) {
-  for (TensorRow& row : rows_) {
-    row.norm = nullptr;
-    row.stats = nullptr;
-  }
   int64_t count = 0;
   for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
     const int64_t before = count;
     for (size_t n = 0; n < entries_.size(); ++n) {
       if (entries_[n].part != Part::kStep || !rows_[n].scalars || static_cast<int>(entries_[n].dtype) != dtype)
         continue;
-      rows_[n].norm = norm ? norm_parts_.data() + count : nullptr;
-      rows_[n].stats = stats ? stats_parts_.data() + count : nullptr;
+      beside_[n].norm = norm ? norm_parts_.data() + count : nullptr;
+      beside_[n].stats = stats ? stats_parts_.data() + count : nullptr;
       count += (rows_[n].numel + kPart - 1) / kPart;
     }
     num_parts_[dtype] = count - before;
   }
   const bool enough = (!norm || norm_parts_.size() >= static_cast<size_t>(count)) &&
                       (!stats || stats_parts_.size() >= static_cast<size_t>(count));
-  has_parts_ = norm || stats;
   if (enough) return;
   if (norm) norm_parts_.resize(count);
   if (stats) stats_parts_.resize(count);
@@ -1029,7 +1034,8 @@ int64_t Stepper::prepare_averages(Scan* scan) {
     row.scalars = rule_->average_scalars(entry.group, entry.dtype, starts(entry));
     if (entry.device != kCpu) {
       scan->averages = true;
-      row.ema = Ema::kMove;
+      static constexpr Beside kMoves = {Ema::kMove, nullptr, nullptr, nullptr};
+      row.beside = &kMoves;
       OnDevice& there = on_device(entry.device, entry.dtype, kAverageRule);
       there.table.add(row, {row.scalars, static_cast<int32_t>(entry.group), 0, false, nullptr});
       continue;
@@ -1083,7 +1089,7 @@ void Stepper::run_paused(Scan* scan, int64_t cost, int max_threads) {
       if (entry.part != Part::kStep || entry.device != kCpu) continue;
       const int variant = !paused ? entry.variant : entry.is_sparse ? Pause::kSparseVariant : 0;
       rows_[n].update = target_->find(paused ? kPauseRule : rule_->id(), variant, entry.dtype);
-      if (paused) rows_[n].ema = Ema::kNone;
+      if (paused) beside_[n].ema = Ema::kNone;
     }
   };
   set_rule(true);
@@ -1099,7 +1105,7 @@ void Stepper::finish_stats() {
     const Entry& entry = entries_[n];
     StatsPart all{};
     if (entry.part != Part::kStep) continue;
-    for (int64_t i = 0; i < rows_[n].numel; i += kPart) all = combine(all, rows_[n].stats[i / kPart]);
+    for (int64_t i = 0; i < rows_[n].numel; i += kPart) all = combine(all, beside_[n].stats[i / kPart]);
     write_stats(all, entry.dtype == DType::kFloat64, out);
   }
 }
@@ -1180,7 +1186,8 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
     for (;;) {
       scan.begin();
       read_groups(&scan);
-      if (!knows_averages_ && std::find(scan.has_ema.begin(), scan.has_ema.end(), 1) != scan.has_ema.end()) {
+      scan.has_averages = std::find(scan.has_ema.begin(), scan.has_ema.end(), 1) != scan.has_ema.end();
+      if (!knows_averages_ && scan.has_averages) {
         num_averaged_ = optimizer.attr("_has_averages")().cast<bool>();
         knows_averages_ = true;
         answer_knows_averages_ = false;

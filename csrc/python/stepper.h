@@ -118,6 +118,7 @@ class Stepper {
   std::unordered_map<size_t, AverageRow> averages_;  // of entries that have had one
   std::vector<TensorRow> average_rows_;              // of this step
   PhaseOptions phase_;
+  std::vector<Beside> beside_;  // of the rows, where something is wanted
   std::vector<NormPart> norm_parts_;
   std::vector<StatsPart> stats_parts_;
   // Tensors of the optimizer: the answer (measures.h) and the statistics, and where they lie.
@@ -137,7 +138,7 @@ class Stepper {
   Py_ssize_t num_states_ = -1;
   void find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer);
   int64_t num_parts_[kNumDTypes] = {};
-  bool has_parts_ = false, has_norm_ = false, norm_is_double_ = false;
+  bool has_beside_ = false, has_norm_ = false, norm_is_double_ = false;
   std::vector<Look> looks_;  // a scan's finding for each entry
   std::vector<std::unique_ptr<OnDevice>> tables_;
   WrittenMemory memory_;
