@@ -1333,3 +1333,13 @@ def test_defaults_of_the_process_do_not_matter() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert optimizer.grad_norm is not None and optimizer.grad_norm.dtype == torch.float32
+
+
+def test_nothing_behind_a_tail_is_counted() -> None:
+    """Without eps the padding of the last lane is 0 / 0."""
+    param = Parameter(torch.ones(5))
+    param.grad = torch.ones(5)
+    optimizer = fusedopt.Adagrad([param], lr=1e-12, eps=0.0, stats=True)
+    optimizer.step()
+    found = optimizer.stats()["0.0"]
+    assert found["lost_updates"] == 5 and found["nonfinite_grads"] == 0 and found["update_norm"] == 0
