@@ -96,12 +96,12 @@ def train(dtype: str, text: Corpus, args: argparse.Namespace) -> Run:
     run = Run(model)
     waiting: list[tuple[int, Tensor, Tensor]] = []  # losses and norms not yet read
     # Of an earlier run into the same folder, TensorBoard is to show nothing.
-    with SummaryWriter(str(args.out / dtype), purge_step=0) as writer:  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(args.out / dtype), purge_step=0) as writer:
         for step in range(1, args.steps + 1):
             batch = corpus.random_batch(text.train, BATCH, SHAPE.context, batches)
             loss = model.loss(batch.tokens.to(args.device), batch.targets.to(args.device))
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             lr = float(schedule.get_last_lr()[0])
             schedule.step()
@@ -115,7 +115,7 @@ def train(dtype: str, text: Corpus, args: argparse.Namespace) -> Run:
                 write_steps(writer, run, waiting)
                 write_record(writer, run, run.records[-1])
                 run.skipped = int(optimizer.skipped_steps)
-                writer.add_scalar("all/skipped_steps", run.skipped, step)  # type: ignore[no-untyped-call]
+                writer.add_scalar("all/skipped_steps", run.skipped, step)
     run.held_out = evaluate(model, text, args)
     return run
 
@@ -123,8 +123,8 @@ def train(dtype: str, text: Corpus, args: argparse.Namespace) -> Run:
 def write_steps(writer: SummaryWriter, run: Run, waiting: list[tuple[int, Tensor, Tensor]]) -> None:
     """What there is of every step since the last time."""
     for step, loss, norm in waiting:
-        writer.add_scalar("all/loss", loss.item(), step)  # type: ignore[no-untyped-call]
-        writer.add_scalar("all/grad_norm", norm.item(), step)  # type: ignore[no-untyped-call]
+        writer.add_scalar("all/loss", loss.item(), step)
+        writer.add_scalar("all/grad_norm", norm.item(), step)
         run.clipped += norm.item() > MAX_GRAD_NORM
     waiting.clear()
 
@@ -133,9 +133,9 @@ def write_record(writer: SummaryWriter, run: Run, record: Record) -> None:
     """A chart for each statistic of each parameter; TensorBoard folds those of one statistic together."""
     for name, measured in record.stats.items():
         for statistic, value in measured.items():
-            writer.add_scalar(f"{statistic}/{name}", value, record.step)  # type: ignore[no-untyped-call]
-    writer.add_scalar("all/lr", record.lr, record.step)  # type: ignore[no-untyped-call]
-    writer.add_scalar("all/lost_share", run.lost([record], list(record.stats)), record.step)  # type: ignore[no-untyped-call]
+            writer.add_scalar(f"{statistic}/{name}", value, record.step)
+    writer.add_scalar("all/lr", record.lr, record.step)
+    writer.add_scalar("all/lost_share", run.lost([record], list(record.stats)), record.step)
 
 
 @torch.no_grad()

@@ -157,8 +157,7 @@ class Stepper::Scan {
     size_t first;  // the entry of its first parameter
   };
   std::vector<int> variants;       // of each group
-  std::vector<char> has_ema;       // does each group average its weights?
-  std::vector<double> ema_decays;  // -1 if not
+  std::vector<double> ema_decays;  // of each group, -1 if it has none
   std::vector<List> lists;         // of each group
   std::vector<PyObject*> written;  // the parameters of this step
   std::vector<Dirty> dirty;
@@ -173,9 +172,9 @@ class Stepper::Scan {
   bool hold = true;
   Held held;
 
+  bool has_ema(size_t group) const { return ema_decays[group] >= 0; }
   void begin() {
     variants.clear();
-    has_ema.clear();
     ema_decays.clear();
     lists.clear();
     written.clear();
@@ -254,9 +253,7 @@ PyObject* Stepper::stream_name(const Entry& entry, int k) const {
 
 // Is nothing about the parameter and its state other than at its last step?
 bool Stepper::unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const {
-  if (entry.param != param || !entry.signature[kParam] ||
-      entry.has_ema != static_cast<bool>(scan->has_ema[entry.group]))
-    return false;
+  if (entry.param != param || !entry.signature[kParam] || entry.has_ema != scan->has_ema(entry.group)) return false;
   if (entry.known == Part::kStep && entry.variant != scan->variants[entry.group]) return false;
   std::byte* data;
   const auto still = [&](const Signature* signature, PyObject* tensor, const std::byte* where) {
@@ -290,7 +287,7 @@ Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* para
     if (part != Part::kStep && row.scalars) row.scalars = nullptr;
   };
   const auto without_grad = [&] {
-    if (!scan->has_ema[group]) return takes(Part::kNone), Look::kSitsOut;
+    if (!scan->has_ema(group)) return takes(Part::kNone), Look::kSitsOut;
     takes(Part::kAverage);
     if (grad) *grad = Py_None;
     if (entry.known == Part::kNone && entry.param == param && scan->has_same_states)
@@ -372,7 +369,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   if (inference && !py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>())
     fail(who, "the parameter", "is an inference tensor and cannot be updated outside torch.inference_mode(); clone it");
   const TensorRow before = written_row(dirty.entry);
-  const bool has_grad = dirty.grad != Py_None, has_ema = scan->has_ema[entry.group];
+  const bool has_grad = dirty.grad != Py_None, has_ema = scan->has_ema(entry.group);
   const bool is_sparse = has_grad && is_tensor(dirty.grad) && py::handle(dirty.grad).attr("is_sparse").cast<bool>();
   SparseRow* const sparse = is_sparse ? &sparse_[dirty.entry] : nullptr;
   PyObject* grad = nullptr;
@@ -494,7 +491,6 @@ void Stepper::read_options(Scan* scan) {
     phase_.read_group(group, optimizer_.c_str());
     scan->context.has_ema = phase_.has_ema();
     scan->context.ema_decay = phase_.ema_decay();
-    scan->has_ema.push_back(phase_.has_ema());
     scan->ema_decays.push_back(phase_.has_ema() ? phase_.ema_decay() : -1);
     scan->variants.push_back(rule_->read_group(group, optimizer_.c_str(), scan->context));
   }
@@ -591,7 +587,7 @@ bool Stepper::refresh_dirty(py::handle optimizer, Scan* scan) {
     if (param_state && !PyDict_Check(param_state)) fail(name(entry, *scan), "the state", "must be a dict");
     if (param_state && PyDict_GET_SIZE(param_state) == 0) param_state = nullptr;
     if (param_state) scan->held.keep(param_state);  // a torch mode's code may run below
-    bool lacks_ema = scan->has_ema[entry.group];
+    bool lacks_ema = scan->has_ema(entry.group);
     if (lacks_ema && param_state) {
       lacks_ema = PyDict_GetItemWithError(param_state, str_ema_) == nullptr;
       if (PyErr_Occurred()) throw py::error_already_set();
@@ -737,13 +733,11 @@ cuda::StepInfo Stepper::step_info(int rule, int device, DType dtype, bool counts
   info.stream = current_stream(device);
   info.capturing = cuda::runtime()->is_capturing(info.stream);
   info.answer = answer_.device == device ? answer_.at : nullptr;
-  info.norm = scan->wants_norm && !is_average;
+  info.norm = scan->wants_norm;  // the averages' too: they must know whether the step is skipped
   info.how = {scan->context.unscale != 0, scan->context.inv_scale, phase_.infinity_norm() || norm_is_double_};
   info.report_inf = scan->report_inf;
   info.stats = phase_.wants_stats() && !is_average && stats_.device == device ? stats_.at : nullptr;
   info.full = scan->wants_norm || info.stats || is_average || scan->averages;
-  // A decision is made before the averages' launch too.
-  if (is_average && scan->wants_norm) info.norm = true;
   const cuda::Options options = {question_of(*scan, norm_is_double_)};
   options_.assign(sizeof options, std::byte{0});
   std::memcpy(options_.data(), &options, sizeof options);
@@ -1186,7 +1180,8 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
     for (;;) {
       scan.begin();
       read_groups(&scan);
-      scan.has_averages = std::find(scan.has_ema.begin(), scan.has_ema.end(), 1) != scan.has_ema.end();
+      scan.has_averages =
+          std::any_of(scan.ema_decays.begin(), scan.ema_decays.end(), [](double decay) { return decay >= 0; });
       if (!knows_averages_ && scan.has_averages) {
         num_averaged_ = optimizer.attr("_has_averages")().cast<bool>();
         knows_averages_ = true;
