@@ -6,16 +6,18 @@
 
 namespace fusedopt {
 
-// Memory streams of one parameter, in this order: param, grad, the rule's state tensors, the weights' moving average.
+// Memory streams of one parameter, in this order: param, grad, the rule's state tensors, what else its form has
+// (form.h), the weights' moving average.
 constexpr int kParam = 0;
 constexpr int kGrad = 1;
 constexpr int kState = 2;
 constexpr int kMaxStates = 3;
-constexpr int kMaxStreams = kState + kMaxStates + 1;
+constexpr int kMaxStreams = kState + kMaxStates + 3;
 constexpr int kMaxDims = 64;  // torch's own limit
 
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-constexpr int kNumDTypes = 4;
+// Of a row: what all of its streams are, or kMixed, which form.h has more about. The others are state's alone.
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kMixed, kCode, kInt16 };
+constexpr int kNumDTypes = 5;
 
 // The dimensions of a parameter whose streams are not all dense in one common order: sorted by the parameter's
 // strides, those that can be walked as one merged, strides in elements.
@@ -47,6 +49,7 @@ struct SparseGrad {
   const int64_t* first;
 };
 
+struct Form;
 struct TensorRow;
 struct NormPart;
 struct NormOptions;
@@ -76,6 +79,7 @@ struct TensorRow {
   UpdateFn update;
   int64_t start;         // where this row begins in the step's running total of cost
   const Beside* beside;  // null: nothing
+  const Form* form;      // null unless the row is kMixed
 };
 
 }  // namespace fusedopt

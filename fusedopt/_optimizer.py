@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import _precision as precision
 from ._config import _C
 
 
@@ -47,6 +48,18 @@ class FusedOptimizer(Optimizer):
             16 bits a slow one stands still. See :meth:`ema_weights`.
         stats: measure each parameter's step (default: False). See :meth:`stats`.
 
+        master_weights: of bfloat16 and float16 parameters, keep the values in float32, and write them rounded to the
+            parameter: True, as "master_param" in the state; "split" (bfloat16), as the 16 bits that the parameter
+            lacks of it, "param_remainder". Both give the same bits (default: False).
+        rounding: how such parameters are stored without masters: to the "nearest"; "stochastic", up or down so that
+            the mean is right; "kahan", to nearest, what that takes away being kept in the parameter's dtype, as
+            "compensation" (default: "nearest").
+        state_dtype: of the rule's state: torch.float32, torch.bfloat16, or "int8", codes of 8 bits with a scale for
+            each 128 (default: None: float32 with masters, else the parameter's). Stochastically rounded where it is
+            not float32, but for what is plain, as torch's.
+        seed: of all stochastic rounding, 0 <= seed < 2**64 (default: 0). With the step, the parameter's position and
+            the element's row-major index it determines every draw.
+
     With parameters that are shards of others', norm and skip are of the shards that this optimizer has.
 
     Raises:
@@ -56,7 +69,7 @@ class FusedOptimizer(Optimizer):
             devices.
 
     The order of a step is: unscale (GradScaler), measure the norm, decide to skip, clip, weight decay and update,
-    average, measure. `docs/phase.md` tells what each costs.
+    average, measure. `docs/phase.md` tells what each costs, `docs/precision.md` what the last four mean and cost.
     """
 
     _rule: str
@@ -70,6 +83,12 @@ class FusedOptimizer(Optimizer):
         "ema_decay": None,
         "stats": False,
     }
+    _precision_options: ClassVar[dict[str, Any]] = {
+        "master_weights": False,
+        "rounding": "nearest",
+        "state_dtype": None,
+        "seed": 0,
+    }
 
     def __init__(
         self,
@@ -80,6 +99,10 @@ class FusedOptimizer(Optimizer):
         skip_nonfinite: bool = False,
         ema_decay: float | None = None,
         stats: bool = False,
+        master_weights: bool | str = False,
+        rounding: str = "nearest",
+        state_dtype: torch.dtype | str | None = None,
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
         phase = {
@@ -89,9 +112,10 @@ class FusedOptimizer(Optimizer):
             "ema_decay": ema_decay,
             "stats": stats,
         }
-        _C.check_phase_options(phase, type(self).__name__)
+        precision = {"master_weights": master_weights, "rounding": rounding, "state_dtype": state_dtype, "seed": seed}
+        _C.check_options({**phase, **precision}, type(self).__name__)
         super().__init__(params, *args, **kwargs)
-        self._add_options(**phase)
+        self._add_options(**phase, **precision)
 
     def _add_options(self, **options: Any) -> None:
         """Give the groups, those to come too, options that the torch class's constructor does not take."""
@@ -117,6 +141,10 @@ class FusedOptimizer(Optimizer):
     @cached_property
     def _stepper(self) -> Any:
         return _C.Stepper(self._rule, type(self).__name__)
+
+    @property
+    def _all_own_options(self) -> dict[str, Any]:
+        return {**self._phase_options, **self._precision_options, **self._own_options}
 
     def _any_differentiable(self) -> bool:
         return any(group["differentiable"] for group in self.param_groups)
@@ -308,7 +336,7 @@ class FusedOptimizer(Optimizer):
 
     def _torch_step(self, closure: Callable[[], Any] | None) -> Any:
         for index, group in enumerate(self.param_groups):
-            for name, value in {**self._phase_options, **self._own_options}.items():
+            for name, value in self._all_own_options.items():
                 if group[name] != value:
                     raise RuntimeError(
                         f"{type(self).__name__}: param_groups[{index}]['{name}'] is {group[name]!r}, which torch's own "
@@ -320,14 +348,14 @@ class FusedOptimizer(Optimizer):
             return step.__wrapped__(self, closure)
         return step(closure)
 
-    def _initial_state(self, param: Tensor, name: str) -> Tensor:
-        return torch.zeros_like(param, memory_format=torch.preserve_format)
+    def _initial_state(self, param: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
-    def _new_states(self, missing: list[tuple[Tensor, list[str], dict[str, Any]]]) -> list[dict[str, Tensor]]:
+    def _new_states(self, missing: list[tuple[Tensor, list[Any], dict[str, Any]]]) -> list[dict[str, Tensor]]:
         """State that parameters have not yet; each comes with the names and its group.
 
-        The step counts of a device are views of one buffer. As in torch, they live beside CUDA parameters if the group
-        is capturable or fused, else on the CPU. An "ema" begins with what the parameter is.
+        Names of a parameter that is not stored plainly come with their dtypes. The step counts of a device are views of
+        one buffer. As in torch, they live beside CUDA parameters if the group is capturable or fused, else on the CPU.
         """
         with torch.no_grad():
             dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -341,14 +369,32 @@ class FusedOptimizer(Optimizer):
             at_next = iter(where)
             steps = {at: iter(torch.zeros(where.count(at), device=at[0], dtype=at[1]).unbind()) for at in set(where)}
 
-            def new_state(param: Tensor, name: str) -> Tensor:
-                if name == "step":
-                    return next(steps[next(at_next)])
-                if name == "ema":
-                    return param.detach().clone(memory_format=torch.preserve_format)
-                return self._initial_state(param, name)
+            def new_state(param: Tensor, names: list[Any]) -> dict[str, Tensor]:
+                made: dict[str, Tensor] = {}
+                for entry in names:
+                    name, dtype = entry if isinstance(entry, tuple) else (entry, None)
+                    made[name] = (
+                        next(steps[next(at_next)]) if name == "step" else self._new_state(param, name, dtype, made)
+                    )
+                return made
 
-            return [{name: new_state(param, name) for name in names} for param, names, _ in missing]
+            return [new_state(param, names) for param, names, _ in missing]
+
+    def _new_state(self, param: Tensor, name: str, dtype: str | None, others: dict[str, Tensor]) -> Tensor:
+        kind: torch.dtype = getattr(torch, dtype) if dtype else param.dtype
+        if name in ("ema", "master_param"):  # they begin with what the parameter is
+            return param.detach().to(kind, copy=True, memory_format=torch.preserve_format)
+        if name in ("param_remainder", "compensation"):
+            return torch.zeros_like(param, dtype=kind, memory_format=torch.preserve_format)
+        if name == "scales":
+            codes = {key: value for key, value in others.items() if key != "step"}
+            first = {key: self._initial_state(param, key, torch.float32) for key in codes}
+            encoded, scales = precision.encode(first)
+            others.update(encoded)
+            return scales
+        if kind == torch.uint8:
+            return torch.zeros_like(param, dtype=kind, memory_format=torch.contiguous_format)  # see "scales"
+        return self._initial_state(param, name, kind)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict replaces whole groups; an option that the checkpoint lacks keeps its present value.
@@ -371,33 +417,47 @@ class FusedOptimizer(Optimizer):
         if "_stepper" in self.__dict__:
             self._stepper.forget()
         for group in self.param_groups:
-            for name, value in {**self._phase_options, **self._own_options}.items():
+            for name, value in self._all_own_options.items():
                 group.setdefault(name, value)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
+        """Return the state and the groups, as torch does: exactly what :meth:`load_state_dict` needs to go on.
+
+        Args:
+            portable: give what torch's class of the same name reads, too: the rule's state in float32, decoded, the
+                full values of parameters with masters or compensation as "master_param" (float32; torch ignores it),
+                and groups without `master_weights`, `rounding`, `state_dtype` and `seed`. What is stored in fewer bits
+                comes back by ``load_state_dict(..., convert=True)``, rounded to nearest (default: False).
+        """
+        state_dict: dict[str, Any] = super().state_dict()
+        return precision.portable(self, state_dict) if portable else state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """Load a state_dict of this class or of the torch class of the same name.
 
-        As in torch, state takes the dtype of its parameter; unlike in torch, a UserWarning says so where that casts.
         The options become those of the checkpoint's groups, as in torch; those that they lack (some of ours, in torch's
-        checkpoints) keep their present values.
+        checkpoints) keep their present values. State is taken as it is; it is not cast but for that of plain
+        parameters (see `state_dtype`), which, as in torch, takes the dtype of its parameter; unlike in torch, a
+        UserWarning says so.
+
+        Args:
+            convert: keep the present `master_weights`, `rounding`, `state_dtype` and `seed`, and convert the state to
+                what they need, rounding to nearest (default: False).
+
+        Raises:
+            ValueError: the state is not what the options of the checkpoint need, and convert is False. Nothing was
+                changed.
         """
-        loaded: list[dict[str, Any]] = [state_dict]
+        cast: list[str] = []
         # The last of the pre-hooks sees what is really loaded.
-        handle = self.register_load_state_dict_pre_hook(lambda _, checkpoint: loaded.append(checkpoint))
+        handle = self.register_load_state_dict_pre_hook(
+            lambda _, checkpoint: precision.prepare(self, checkpoint, convert, cast)
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        checkpoint = loaded[-1]
-        saved = [index for group in checkpoint["param_groups"] for index in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        cast = [
-            f"{key!r} of parameter {index} from {value.dtype} to {live[key].dtype}"
-            for index, param in zip(saved, params, strict=True)
-            if (live := self.state.get(param))
-            for key, value in checkpoint["state"].get(index, {}).items()
-            if isinstance(value, Tensor) and key in live and live[key].dtype != value.dtype
-        ]
+        precision.unwrap(self)
         if cast:
             warnings.warn(
                 f"{type(self).__name__}.load_state_dict: {len(cast)} state tensors were cast to the dtype of their "

@@ -41,6 +41,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         eps_inside_sqrt: True: divide by :math:`\sqrt{s_t + \epsilon}` (default: False).
 
         max_grad_norm, norm_type, skip_nonfinite, ema_decay, stats: what is done around the update, as for Adam.
+        master_weights, rounding, state_dtype, seed: how parameters and state are stored, as for Adam.
 
     Raises:
         ValueError: an option out of range, as torch raises it.
@@ -73,6 +74,10 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         skip_nonfinite: bool = False,
         ema_decay: float | None = None,
         stats: bool = False,
+        master_weights: bool | str = False,
+        rounding: str = "nearest",
+        state_dtype: torch.dtype | str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -90,10 +95,20 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             skip_nonfinite=skip_nonfinite,
             ema_decay=ema_decay,
             stats=stats,
+            master_weights=master_weights,
+            rounding=rounding,
+            state_dtype=state_dtype,
+            seed=seed,
         )
         self._add_options(eps_inside_sqrt=eps_inside_sqrt)
+        # torch's constructor has made sums in the parameters' dtypes.
+        for group in self.param_groups:
+            for param in group["params"]:
+                names = [name for name in self._stepper.state_names(param, group) if name[0] != "ema"]
+                if any(isinstance(name, tuple) for name in names):
+                    (self.state[param],) = self._new_states([(param, names, group)])
 
-    def _initial_state(self, param: Tensor, name: str) -> Tensor:
+    def _initial_state(self, param: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         value = self.defaults["initial_accumulator_value"]
         fill = complex(value, value) if param.is_complex() else value
-        return torch.full_like(param, fill, memory_format=torch.preserve_format)
+        return torch.full_like(param, fill, dtype=dtype, memory_format=torch.preserve_format)

@@ -50,13 +50,22 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         stats: measure each parameter's step, see :meth:`stats` (default: False). :class:`FusedOptimizer` and
             docs/phase.md tell more about these five.
 
+        master_weights: of 16-bit parameters, keep the float32 values: True, or "split" as the bits that bfloat16 lacks
+            (default: False).
+        rounding: how 16-bit parameters without masters are stored: "nearest", "stochastic" or "kahan" (default:
+            "nearest").
+        state_dtype: of the moments: torch.float32, torch.bfloat16 or "int8" (default: None, float32 if there are
+            masters, else the parameter's).
+        seed: of the stochastic roundings (default: 0). :class:`FusedOptimizer` and docs/precision.md tell more about
+            these four.
+
     Raises:
         ValueError: an option out of range, as torch raises it.
         RuntimeError: in :meth:`step`, about a parameter, gradient or state that cannot be updated rightly.
 
     The state of a parameter, made at its first step: ``step`` (0-d, on the CPU unless `capturable` or `fused`),
     ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq`` (the parameter's shape and dtype): torch's own, so
-    checkpoints go both ways.
+    checkpoints go both ways. With the last four options, what docs/precision.md lists.
     """
 
     _rule = "adam"
@@ -81,6 +90,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         skip_nonfinite: bool = False,
         ema_decay: float | None = None,
         stats: bool = False,
+        master_weights: bool | str = False,
+        rounding: str = "nearest",
+        state_dtype: torch.dtype | str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -100,4 +113,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             skip_nonfinite=skip_nonfinite,
             ema_decay=ema_decay,
             stats=stats,
+            master_weights=master_weights,
+            rounding=rounding,
+            state_dtype=state_dtype,
+            seed=seed,
         )

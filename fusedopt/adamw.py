@@ -37,6 +37,10 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         skip_nonfinite: bool = False,
         ema_decay: float | None = None,
         stats: bool = False,
+        master_weights: bool | str = False,
+        rounding: str = "nearest",
+        state_dtype: torch.dtype | str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -55,4 +59,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             skip_nonfinite=skip_nonfinite,
             ema_decay=ema_decay,
             stats=stats,
+            master_weights=master_weights,
+            rounding=rounding,
+            state_dtype=state_dtype,
+            seed=seed,
         )

@@ -47,6 +47,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
             root, :math:`r_t / ( \sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon )` (default: True).
 
         max_grad_norm, norm_type, skip_nonfinite, ema_decay, stats: what is done around the update, as for Adam.
+        master_weights, rounding, state_dtype, seed: how parameters and state are stored, as for Adam.
 
     Raises:
         ValueError: an option out of range, as torch raises it.
@@ -80,6 +81,10 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         skip_nonfinite: bool = False,
         ema_decay: float | None = None,
         stats: bool = False,
+        master_weights: bool | str = False,
+        rounding: str = "nearest",
+        state_dtype: torch.dtype | str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -97,5 +102,9 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
             skip_nonfinite=skip_nonfinite,
             ema_decay=ema_decay,
             stats=stats,
+            master_weights=master_weights,
+            rounding=rounding,
+            state_dtype=state_dtype,
+            seed=seed,
         )
         self._add_options(amsgrad=amsgrad, degenerate_to_sgd=degenerate_to_sgd, optimized_update=optimized_update)

@@ -42,6 +42,7 @@ MIN_BLOCKS = {
     ("BFloat16", True): 2,
     ("Half", False): 3,
     ("Half", True): 2,
+    ("Mixed", True): 2,  # forms of their own
 }
 # RAdam has more scalars to keep.
 FEWER_BLOCKS = {("RAdam", "BFloat16", False): 2, ("RAdam", "Half", False): 2}
@@ -54,6 +55,10 @@ VECTORS = {
     "Scale": (1, 1),  # grad
 }
 FULL_ONLY = ("Average", "Scale")
+# Kernels of mixed forms call a function for each way to walk a chunk, and save registers around the call: bytes spilled,
+# once a chunk of 4,096 elements, but for some in a block of codes. Their vectors are in the functions.
+MIXED = "Mixed"
+MOST_SPILLED = {"Adam": 1200, "RAdam": 1400}
 
 GENERIC = ("LD", "ST", "ATOM")
 LOCAL = ("LDL", "STL")
@@ -213,10 +218,14 @@ def most_registers(blocks: int) -> int:
 
 def problems(kernel: Kernel, short: dict[str, str]) -> Iterator[str]:
     """Yield what is wrong with a kernel's code on one architecture."""
-    if kernel.spilled:
+    key = traits(short[kernel.mangled])
+    mixed = key is not None and key[1] == MIXED
+    if kernel.spilled > (MOST_SPILLED.get(key[0], 0) if key and mixed else 0):
         yield f"{kernel.spilled} bytes spilled"
     unwanted = [a for a in kernel.accesses if a.opcode in GENERIC]
-    if kernel.stack == 0:
+    if mixed:
+        pass
+    elif kernel.stack == 0:
         unwanted += [a for a in kernel.accesses if a.opcode in LOCAL]
     else:
         unwanted += [a for a in kernel.accesses if a.opcode in LOCAL and not a.function]
@@ -225,7 +234,7 @@ def problems(kernel: Kernel, short: dict[str, str]) -> Iterator[str]:
         kind = "generic" if opcode in GENERIC else "local"
         yield f"{kind} access: {count} {opcode} in {function}, {line}"
 
-    if not (key := traits(short[kernel.mangled])):
+    if not key:
         return
     rule, storage, full = key
     if rule not in VECTORS or (storage, full) not in MIN_BLOCKS:
@@ -235,7 +244,7 @@ def problems(kernel: Kernel, short: dict[str, str]) -> Iterator[str]:
     if kernel.registers > most_registers(blocks):
         yield f"{kernel.registers} registers: more than {most_registers(blocks)} leave no room for {blocks} blocks"
     for opcode, least in zip(("LDG", "STG"), VECTORS[rule], strict=True):
-        if (found := kernel.count(opcode, called=False, bits=128)) < least:
+        if (found := kernel.count(opcode, called=mixed, bits=128)) < least:
             yield f"{found} {opcode} of 128 bits, not {least}"
 
 
@@ -248,7 +257,8 @@ def ptx_problems(functions: dict[str, list[str]], short: dict[str, str]) -> Iter
     found = {traits(name) for name in short.values()}
     for rule in VECTORS:
         for storage, full in MIN_BLOCKS:
-            if (rule, storage, full) not in found and (full or rule not in FULL_ONLY):
+            wanted = (full or rule not in FULL_ONLY) and (rule, storage) != ("Scale", "Mixed")
+            if wanted and (rule, storage, full) not in found:
                 yield f"no kernel for {rule}, {storage}, kFull {full}"
 
 

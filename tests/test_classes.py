@@ -68,18 +68,19 @@ def test_subclass_with_the_same_signature(ours: type[Optimizer], theirs: type[Op
     assert ours.__name__ == theirs.__name__
     assert ours.__doc__
     mine, wanted = (dict(inspect.signature(cls).parameters) for cls in (ours, theirs))
-    assert list(mine)[len(wanted) :] == list(ours._phase_options)
+    more = {**ours._phase_options, **ours._precision_options}
+    assert list(mine)[len(wanted) :] == list(more)
     for name, parameter in wanted.items():
         assert (mine[name].kind, mine[name].default) == (parameter.kind, parameter.default), name
     assert list(wanted) == list(mine)[: len(wanted)]
-    for method in ("add_param_group", "state_dict", "zero_grad"):
+    for method in ("add_param_group", "zero_grad"):
         assert inspect.signature(getattr(ours, method)) == inspect.signature(getattr(theirs, method))
-    for method in ("step", "load_state_dict"):
-        assert list(inspect.signature(getattr(ours, method)).parameters) == list(
-            inspect.signature(getattr(theirs, method)).parameters
-        )
+    own = {"state_dict": ["portable"], "load_state_dict": ["convert"]}
+    for method in ("step", "state_dict", "load_state_dict"):
+        wanted_names = [*inspect.signature(getattr(theirs, method)).parameters, *own.get(method, ())]
+        assert list(inspect.signature(getattr(ours, method)).parameters) == wanted_names
     p = Parameter(torch.ones(1))
-    assert ours([p]).defaults == {**theirs([p]).defaults, **ours._phase_options}
+    assert ours([p]).defaults == {**theirs([p]).defaults, **more}
     assert repr(ours([p])).splitlines()[0] == repr(theirs([p])).splitlines()[0]
     assert set(repr(ours([p])).splitlines()) > set(repr(theirs([p])).splitlines())
     public = {name for name in dir(ours) if not name.startswith("_")}

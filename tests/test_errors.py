@@ -216,9 +216,9 @@ BAD = [
         r"the gradient has dtype torch\.float32 but the parameter has torch\.float64",
     ),
     Bad(
-        "param_bfloat16",
-        lambda m: with_data(m, m.bad.data.bfloat16()),
-        r"the gradient has dtype torch\.float32 but the parameter has torch\.bfloat16",
+        "param_float64",
+        lambda m: with_data(m, m.bad.data.double()),
+        r"the gradient has dtype torch\.float32 but the parameter has torch\.float64",
     ),
     Bad("param_no_tensor", lambda m: m.replace(3.0), r"the parameter is not a tensor"),
     Bad("param_none", lambda m: m.replace(None), r"the parameter is not a tensor"),
@@ -241,8 +241,8 @@ BAD = [
     Bad("grad_freed", lambda m: freed(m.bad.grad), r"the gradient has no memory"),
     Bad(
         "grad_dtype",
-        lambda m: any_grad(m, torch.ones(2, 3).bfloat16()),
-        r"the gradient has dtype torch\.bfloat16 but the parameter has torch\.float32",
+        lambda m: any_grad(m, torch.ones(2, 3).double()),
+        r"the gradient has dtype torch\.float64 but the parameter has torch\.float32",
     ),
     Bad(
         "grad_inner_dtype",

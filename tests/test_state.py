@@ -464,7 +464,7 @@ def test_state_dict_looks_like_torchs() -> None:
             set_grads(optimizer, 0, lacking=(1,))
             optimizer.step()
         mine, wanted = ours.state_dict(), theirs.state_dict()
-        own = row.ours._own_options.keys() | row.ours._phase_options.keys()
+        own = row.make([torch.ones(1)])._all_own_options.keys()
         known = [{"params": group["params"], **row.known(group)} for group in mine["param_groups"]]
         assert known == wanted["param_groups"]
         assert all(group.keys() - known[0].keys() == own for group in mine["param_groups"])

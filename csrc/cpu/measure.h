@@ -152,9 +152,9 @@ class Stats {
     return run;
   }
 
-  // `grad`: the run's gradients again, for `s`; `param`: as updated.
-  template <class S, class G>
-  void end_run(const Run& run, const Common::Scalars<T>& s, const G* grad, const S* param, int64_t count) {
+  // `grad_at` and `param_at` give the run's gradients and its parameters, as updated, again.
+  template <class GradAt, class ParamAt>
+  void end_run(const Run& run, int64_t count, GradAt grad_at, ParamAt param_at) {
     num_elements += count;
     largest_ = run.largest;
     lost_ += run.lost;
@@ -164,8 +164,8 @@ class Stats {
       if (!exact_params) params_.add_sum(k, run.params[k]);
       changes_.add_sum(k, run.changes[k]);
     }
-    if (exact_grads) nonfinite_ += add_exactly(s, grad, count, &grads_);
-    if (exact_params) add_exactly(Common::scalars<T>({}, false, 0), param, count, &params_);
+    if (exact_grads) nonfinite_ += add_exactly(count, grad_at, &grads_);
+    if (exact_params) add_exactly(count, param_at, &params_);
   }
 
   // Of the part that ends here. The ratio is that of the piece so far: only the largest of all counts.
@@ -210,14 +210,13 @@ class Stats {
   static constexpr T kSmall = sizeof(T) == 4 ? T(0x1p-70) : T(0x1p-900);
 
   // In double, whatever they are. Returns how many are inf or nan.
-  template <class G>
-  __attribute__((noinline)) static int64_t add_exactly(const Common::Scalars<T>& s, const G* values, int64_t count,
-                                                       PartSum<Lane, kLanes>* sums) {
+  template <class At>
+  __attribute__((noinline)) static int64_t add_exactly(int64_t count, At value_at, PartSum<Lane, kLanes>* sums) {
     const Lane zero(T(0)), one(T(1));
     Lane finite = zero;
     int64_t lanes = 0;
     each_lane<Lane, kLanes>(count, [&](int64_t i, int at, auto... n) {
-      const Lane x = Common::value(s, Lane::load(values + i, n...));
+      const Lane x = value_at(i, n...);
       sums->add_square(at, x);
       finite = add(finite, if_equal(sub(x, x), zero, one, zero));
       ++lanes;

@@ -7,6 +7,7 @@
 
 #include "../rules/rules.h"
 #include "../table.h"
+#include "form.h"
 #include "gather.h"
 #include "measure.h"
 #include "target.h"
@@ -83,11 +84,13 @@ struct Dense {
           n...);
     });
     const auto seen = run;  // so that `run` itself need not lie in memory
-    if constexpr (kIsSparse) {
-      stats->end_run(seen, as_computed, unclipped, param_at, count);
-    } else {
-      stats->end_run(seen, as_computed, grad_at, param_at, count);
-    }
+    stats->end_run(
+        seen, count,
+        [&](int64_t i, auto... n) {
+          if constexpr (kIsSparse) return Common::value(as_computed, Lane::load(unclipped + i, n...));
+          return Common::value(as_computed, Lane::load(grad_at + i, n...));
+        },
+        [&](int64_t i, auto... n) { return Lane::load(param_at + i, n...); });
   }
 };
 
@@ -329,6 +332,11 @@ struct Kernels {
       case DType::kFloat64: return update<Rule, variant, F64, double>;
       case DType::kBFloat16: return update<Rule, variant, F32, BFloat16>;
       case DType::kFloat16: return update<Rule, variant, F32, Half>;
+      case DType::kMixed:
+        if constexpr (variant != Rule::kSparseVariant && !std::is_same_v<Rule, Scale>)
+          return update_form<Rule, variant, F32>;
+        break;
+      default: break;
     }
     return nullptr;
   }
@@ -357,8 +365,8 @@ struct Kernels {
       case DType::kFloat64: return Norm<F64, double>::measure;
       case DType::kBFloat16: return Norm<F32, BFloat16>::measure;
       case DType::kFloat16: return Norm<F32, Half>::measure;
+      default: return nullptr;
     }
-    return nullptr;
   }
 };
 
@@ -366,11 +374,13 @@ int64_t units = 0;
 
 int64_t units_run() { return __atomic_load_n(&units, __ATOMIC_RELAXED); }
 
-int64_t piece_boundary(const TensorRow& row, int64_t cost, int64_t alignment) {
+// `blocks`: of a row whose state is codes, a piece has all of the blocks that begin in it.
+int64_t piece_boundary(const TensorRow& row, int64_t cost, int64_t alignment, bool blocks) {
   const int64_t element = cost - row.start;
   if (element <= 0) return 0;
   if (element >= row.numel) return row.numel;
-  return element - element % alignment;
+  const int64_t boundary = element - element % alignment;
+  return blocks ? row.form->next_block(boundary) : boundary;
 }
 
 // Updates what of the rows lies in [begin, end) of their running total of cost; or, with options, measures it.
@@ -384,7 +394,9 @@ void run(const TensorRow* rows, int64_t num_rows, const NormOptions* norm, int64
   for (const TensorRow* row = rows + low; row != rows + num_rows && row->start < end; ++row) {
     if (!row->scalars) continue;
     const int64_t alignment = norm || (row->beside && row->beside->stats) ? kPart : kPieceAlignment;
-    const int64_t from = piece_boundary(*row, begin, alignment), to = piece_boundary(*row, end, alignment);
+    const bool blocks = !norm && row->form && row->form->is_coded();
+    const int64_t from = piece_boundary(*row, begin, alignment, blocks);
+    const int64_t to = piece_boundary(*row, end, alignment, blocks);
     if (from >= to) continue;
     if (norm) {
       row->beside->measure(*row, *norm, from, to);

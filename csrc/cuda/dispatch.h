@@ -5,6 +5,7 @@
 
 #include "../rules/rules.h"
 #include "../table.h"
+#include "step.cuh"
 
 namespace fusedopt {
 namespace cuda {
@@ -17,10 +18,13 @@ void dispatch_dtype(DType dtype, A... args) {
     case DType::kFloat64: return F<Rule, double, double, kFull>::call(args...);
     case DType::kBFloat16: return F<Rule, BFloat16, float, kFull>::call(args...);
     case DType::kFloat16: return F<Rule, Half, float, kFull>::call(args...);
+    case DType::kMixed:
+      if constexpr (kFull && !std::is_same_v<Rule, Scale>) return F<Rule, Mixed, float, kFull>::call(args...);
+    default: break;
   }
 }
 
-// Rules that are no optimizer's have full kernels only; Pause is a part of others'.
+// Rules that are no optimizer's have full kernels only, and so has kMixed; Pause is a part of others'.
 template <template <class, class, class, bool> class F, class Rule, class... A>
 void dispatch_rule(DType dtype, bool full, A... args) {
   if constexpr (Rule::kCountsSteps) {
@@ -43,6 +47,8 @@ void dispatch_norm(DType dtype, A... args) {
     case DType::kFloat64: return F<double, double>::call(args...);
     case DType::kBFloat16: return F<BFloat16, float>::call(args...);
     case DType::kFloat16: return F<Half, float>::call(args...);
+    case DType::kMixed: return F<Mixed, float>::call(args...);
+    default: break;
   }
 }
 

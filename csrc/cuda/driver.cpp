@@ -67,6 +67,8 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
               at.step_is_double == info.step_is_double && layouts_[n] == row.layout && at.ema == ema &&
               at.entry == info.entry;
   for (int k = 0; k < kMaxStreams; ++k) same &= k == kGrad || at.data[k] == row.data[k];
+  const Form form = row.form ? *row.form : Form{};
+  same &= at.form == form;
   if (!same) {
     std::memcpy(at.data, row.data, sizeof at.data);
     at.data[kGrad] = nullptr;
@@ -77,6 +79,7 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
     at.step_is_double = info.step_is_double;
     at.ema = ema;
     at.entry = info.entry;
+    at.form = form;
     layouts_[n] = row.layout;
     rows_changed_ = true;
   }
@@ -159,7 +162,7 @@ void Table::upload(const StepInfo& info, std::byte* to, const std::byte* from, s
 
 void Table::prepare(const StepInfo& info, bool changed) {
   info_ = info;
-  full_ = on_device_ || info.full;
+  full_ = on_device_ || info.full || info.dtype == DType::kMixed;
   cuda_->make_ready(info.rule, info.dtype, full_, info.device);
   if (rows_.size() != num_rows_) {
     rows_.resize(num_rows_);

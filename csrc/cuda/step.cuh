@@ -140,6 +140,14 @@ FUSEDOPT_DEVICE void add_stats(const StatsPart& mine, StatsPart* part, int threa
 #endif
 }
 
+}  // namespace cuda
+}  // namespace fusedopt
+
+#include "form.cuh"
+
+namespace fusedopt {
+namespace cuda {
+
 // The parameter and its state in storage type S, the gradient in the same. kFull: with a moving average of the weights
 // and statistics, where they are wanted.
 template <class Rule, int variant, class S, class T, bool full>
@@ -321,8 +329,8 @@ FUSEDOPT_DEVICE double number_at(const void* at, DType dtype) {
     case DType::kFloat32: return *global(static_cast<const float*>(at));
     case DType::kBFloat16: return to_float(*global(static_cast<const BFloat16*>(at)));
     case DType::kFloat16: return to_float(*global(static_cast<const Half*>(at)));
+    default: return 0;
   }
-  return 0;
 }
 
 FUSEDOPT_DEVICE double step_count(const Row& row) {
@@ -363,8 +371,11 @@ FUSEDOPT_DEVICE_CALL typename Rule::template Scalars<T> device_scalars(const Arg
     context.unscale = true;
     context.inv_scale = inv_scale(args.at);
   }
-  return group.lr_is_tensor ? Rule::template scalars<T>(options, TensorLr{lr, group.lr_dtype}, corrections, context)
-                            : Rule::template scalars<T>(options, lr, corrections, context);
+  typename Rule::template Scalars<T> s =
+      group.lr_is_tensor ? Rule::template scalars<T>(options, TensorLr{lr, group.lr_dtype}, corrections, context)
+                         : Rule::template scalars<T>(options, lr, corrections, context);
+  s.step = step_of_draws(step);
+  return s;
 }
 
 template <class Rule, class S, class T, bool kFull, int variant = 0>
@@ -375,13 +386,19 @@ FUSEDOPT_DEVICE void run_variant(const typename Rule::template Scalars<T>& s, co
     if (row.variant != variant)
       return run_variant<Rule, S, T, kFull, variant + 1>(s, row, grad, table, ema, stats, begin, end, thread);
   }
-  Update<Rule, variant, S, T, kFull>::run(s, row, grad, table, ema, stats, begin, end, thread);
+  if constexpr (!std::is_same_v<S, Mixed>) {
+    Update<Rule, variant, S, T, kFull>::run(s, row, grad, table, ema, stats, begin, end, thread);
+  } else if constexpr (variant != Rule::kSparseVariant) {
+    FormUpdate<Rule, variant>::run(s, row, grad, table, ema, stats, begin, end, thread);
+  }
 }
 
 template <class S, class T>
 FUSEDOPT_DEVICE void run_paused(const Common::Scalars<T>& s, const Row& row, std::byte* grad, const Where& table,
                                 StatsPart* stats, int64_t begin, int64_t end, int thread) {
-  if (row.sparse >= 0) {
+  if constexpr (std::is_same_v<S, Mixed>) {
+    FormUpdate<Pause, 0>::run(s, row, grad, table, Ema::kNone, stats, begin, end, thread);
+  } else if (row.sparse >= 0) {
     Update<Pause, 1, S, T, true>::run(s, row, grad, table, Ema::kNone, stats, begin, end, thread);
   } else {
     Update<Pause, 0, S, T, true>::run(s, row, grad, table, Ema::kNone, stats, begin, end, thread);
@@ -484,6 +501,16 @@ FUSEDOPT_DEVICE void finish_stats(const Where& at, bool is_double, int thread) {
   }
 }
 
+// Element i of a gradient.
+template <class S, class T>
+FUSEDOPT_DEVICE T grad_at(const Row& row, const std::byte* grad, int64_t i) {
+  if constexpr (std::is_same_v<S, Mixed>) {
+    return static_cast<T>(number_at(grad + i * (row.form.grad == DType::kFloat32 ? 4 : 2), row.form.grad));
+  } else {
+    return portable::Lane<T, 1>::widen(*global(reinterpret_cast<const S*>(grad) + i));
+  }
+}
+
 // The norm's parts: a chunk a warp, an element a lane.
 template <class S, class T>
 FUSEDOPT_DEVICE void norm_warp(const NormArgs& args, int64_t warp, int64_t num_warps, int thread) {
@@ -493,12 +520,11 @@ FUSEDOPT_DEVICE void norm_warp(const NormArgs& args, int64_t warp, int64_t num_w
   for (int64_t chunk = warp; chunk < at.num_chunks; chunk += num_warps) {
     const int32_t n = *global(at.row_of_chunk + chunk);
     const Row& row = *global(at.rows + n);
-    const S* const grad = reinterpret_cast<const S*>(*global(at.grads + n));
+    const std::byte* const grad = *global(at.grads + n);
     const int64_t begin = (chunk - row.first_chunk) * kChunk;
     const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
-    const auto add = [&](NormPart* sum, const S* element) {
-      using Lane = portable::Lane<T, 1>;
-      T g = Lane::widen(*global(element));
+    const auto add = [&](NormPart* sum, int64_t element) {
+      T g = grad_at<S, T>(row, grad, element);
       if (unscale) g = portable::mul_one(g, scale);
       const double x = static_cast<double>(g);
       if (args.how.largest) sum->largest = combine(*sum, NormPart{0, std::fabs(x)}).largest;
@@ -507,8 +533,9 @@ FUSEDOPT_DEVICE void norm_warp(const NormArgs& args, int64_t warp, int64_t num_w
     const NormPart part = warp_sum<NormPart>(thread % 32, [&](int lane) {
       NormPart sum = {0, 0};
       if (row.layout < 0) {
-#pragma unroll 16
-        for (int64_t i = begin + lane; i < end; i += kPartLanes) add(&sum, grad + i);
+        constexpr int kAtOnce = std::is_same_v<S, Mixed> ? 4 : 16;
+#pragma unroll kAtOnce
+        for (int64_t i = begin + lane; i < end; i += kPartLanes) add(&sum, i);
         return sum;
       }
       for (int64_t i = begin + lane; i < end; i += kPartLanes) {
@@ -520,7 +547,7 @@ FUSEDOPT_DEVICE void norm_warp(const NormArgs& args, int64_t warp, int64_t num_w
           stride = sparse.grad_stride;
         }
         find<kGrad + 1>(row, at.dims, element, offset);
-        add(&sum, grad + offset[kGrad] + value * stride);
+        add(&sum, offset[kGrad] + value * stride);
       }
       return sum;
     });

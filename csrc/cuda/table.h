@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../form.h"
 #include "../measures.h"
 #include "../rules/common.h"
 #include "../rules/tensor_lr.h"
@@ -31,6 +32,7 @@ struct Row {
   int16_t variant;
   Ema ema;  // what becomes of the average, the stream behind the states
   bool step_is_double;
+  Form form;  // of a kMixed one
 };
 
 // A group whose scalars the kernel computes itself, because its step counts, or its lr, live on the device.

@@ -52,9 +52,88 @@ struct F64 {
   }
 };
 
+struct Bits {
+  static constexpr int kWidth = 8;
+  __m256i v;
+
+  Bits() = default;
+  Bits(__m256i x) : v(x) {}
+  explicit Bits(uint32_t x) : v(_mm256_set1_epi32(static_cast<int>(x))) {}
+  static Bits count_from(uint32_t first) { return add(Bits(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+
+  static Bits load(const uint16_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Bits load(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <class I>
+  static Bits load(const I* p, int n) {
+    I block[kWidth] = {};
+    std::memcpy(block, p, n * sizeof(I));
+    return load(block);
+  }
+  void store(uint16_t* p) const {
+    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
+  }
+  void store(uint8_t* p) const {
+    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xff));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+  template <class I>
+  void store(I* p, int n) const {
+    I block[kWidth];
+    store(block);
+    std::memcpy(p, block, n * sizeof(I));
+  }
+
+  friend Bits add(Bits a, Bits b) { return _mm256_add_epi32(a.v, b.v); }
+  friend Bits sub(Bits a, Bits b) { return _mm256_sub_epi32(a.v, b.v); }
+  friend Bits mul(Bits a, Bits b) { return _mm256_mullo_epi32(a.v, b.v); }
+  friend Bits bit_and(Bits a, Bits b) { return _mm256_and_si256(a.v, b.v); }
+  friend Bits bit_or(Bits a, Bits b) { return _mm256_or_si256(a.v, b.v); }
+  friend Bits bit_xor(Bits a, Bits b) { return _mm256_xor_si256(a.v, b.v); }
+  template <int count>
+  Bits left() const {
+    return _mm256_slli_epi32(v, count);
+  }
+  template <int count>
+  Bits right() const {
+    return _mm256_srli_epi32(v, count);
+  }
+  friend Bits if_less(Bits a, Bits b, Bits yes, Bits no) {
+    return _mm256_blendv_epi8(no.v, yes.v, _mm256_cmpgt_epi32(b.v, a.v));
+  }
+  friend Bits if_same(Bits a, Bits b, Bits yes, Bits no) {
+    return _mm256_blendv_epi8(no.v, yes.v, _mm256_cmpeq_epi32(a.v, b.v));
+  }
+  friend void mul_wide(Bits a, uint32_t constant, Bits* high, Bits* low) {
+    const __m256i c = _mm256_set1_epi32(static_cast<int>(constant));
+    const __m256i even = _mm256_mul_epu32(a.v, c), odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), c);
+    *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  }
+  friend void store_in_turn(Bits a, Bits b, Bits c, Bits d, uint32_t* p) {
+    const __m256i ab0 = _mm256_unpacklo_epi32(a.v, b.v), ab1 = _mm256_unpackhi_epi32(a.v, b.v);
+    const __m256i cd0 = _mm256_unpacklo_epi32(c.v, d.v), cd1 = _mm256_unpackhi_epi32(c.v, d.v);
+    // Of elements 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+    const __m256i r0 = _mm256_unpacklo_epi64(ab0, cd0), r1 = _mm256_unpackhi_epi64(ab0, cd0);
+    const __m256i r2 = _mm256_unpacklo_epi64(ab1, cd1), r3 = _mm256_unpackhi_epi64(ab1, cd1);
+    auto* out = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(out, _mm256_permute2x128_si256(r0, r1, 0x20));
+    _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(r2, r3, 0x20));
+    _mm256_storeu_si256(out + 2, _mm256_permute2x128_si256(r0, r1, 0x31));
+    _mm256_storeu_si256(out + 3, _mm256_permute2x128_si256(r2, r3, 0x31));
+  }
+};
+
 struct F32 {
   using Scalar = float;
   using Doubles = F64;
+  using Bits = avx2::Bits;
   static constexpr int kWidth = 8;
   __m256 v;
 
@@ -109,6 +188,14 @@ struct F32 {
     store(block);
     std::memcpy(p, block, n * sizeof(S));
   }
+
+  template <class S>
+  static F32 rounded(F32 x, S) {
+    return widen(x.narrow(S{}), S{});
+  }
+  friend Bits bits_of(F32 x) { return _mm256_castps_si256(x.v); }
+  static F32 float_of(Bits bits) { return _mm256_castsi256_ps(bits.v); }
+  friend Bits truncated(F32 x) { return _mm256_cvttps_epi32(x.v); }
 
   friend F32 add(F32 a, F32 b) { return _mm256_add_ps(a.v, b.v); }
   friend F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a.v, b.v); }

@@ -53,9 +53,76 @@ struct F64 {
   }
 };
 
+struct Bits {
+  static constexpr int kWidth = 16;
+  __m512i v;
+
+  Bits() = default;
+  Bits(__m512i x) : v(x) {}
+  explicit Bits(uint32_t x) : v(_mm512_set1_epi32(static_cast<int>(x))) {}
+  static Bits count_from(uint32_t first) {
+    return add(Bits(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  }
+
+  static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static Bits load(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Bits load(const uint16_t* p, int n) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), p)); }
+  static Bits load(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Bits load(const uint8_t* p, int n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask(n), p)); }
+  void store(uint16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
+  void store(uint16_t* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(v)); }
+  void store(uint8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  void store(uint8_t* p, int n) const { _mm_mask_storeu_epi8(p, mask(n), _mm512_cvtepi32_epi8(v)); }
+
+  friend Bits add(Bits a, Bits b) { return _mm512_add_epi32(a.v, b.v); }
+  friend Bits sub(Bits a, Bits b) { return _mm512_sub_epi32(a.v, b.v); }
+  friend Bits mul(Bits a, Bits b) { return _mm512_mullo_epi32(a.v, b.v); }
+  friend Bits bit_and(Bits a, Bits b) { return _mm512_and_si512(a.v, b.v); }
+  friend Bits bit_or(Bits a, Bits b) { return _mm512_or_si512(a.v, b.v); }
+  friend Bits bit_xor(Bits a, Bits b) { return _mm512_xor_si512(a.v, b.v); }
+  template <int count>
+  Bits left() const {
+    return _mm512_slli_epi32(v, count);
+  }
+  template <int count>
+  Bits right() const {
+    return _mm512_srli_epi32(v, count);
+  }
+  friend Bits if_less(Bits a, Bits b, Bits yes, Bits no) {
+    return _mm512_mask_mov_epi32(no.v, _mm512_cmplt_epi32_mask(a.v, b.v), yes.v);
+  }
+  friend Bits if_same(Bits a, Bits b, Bits yes, Bits no) {
+    return _mm512_mask_mov_epi32(no.v, _mm512_cmpeq_epi32_mask(a.v, b.v), yes.v);
+  }
+  friend void mul_wide(Bits a, uint32_t constant, Bits* high, Bits* low) {
+    const __m512i c = _mm512_set1_epi32(static_cast<int>(constant));
+    const __m512i even = _mm512_mul_epu32(a.v, c), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), c);
+    *high = _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+    *low = _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
+  }
+  friend void store_in_turn(Bits a, Bits b, Bits c, Bits d, uint32_t* p) {
+    const __m512i ab0 = _mm512_unpacklo_epi32(a.v, b.v), ab1 = _mm512_unpackhi_epi32(a.v, b.v);
+    const __m512i cd0 = _mm512_unpacklo_epi32(c.v, d.v), cd1 = _mm512_unpackhi_epi32(c.v, d.v);
+    // Element 4 * q + k of quarter q of the k-th.
+    const __m512i r0 = _mm512_unpacklo_epi64(ab0, cd0), r1 = _mm512_unpackhi_epi64(ab0, cd0);
+    const __m512i r2 = _mm512_unpacklo_epi64(ab1, cd1), r3 = _mm512_unpackhi_epi64(ab1, cd1);
+    const __m512i lo01 = _mm512_shuffle_i32x4(r0, r1, 0x44), hi01 = _mm512_shuffle_i32x4(r0, r1, 0xee);
+    const __m512i lo23 = _mm512_shuffle_i32x4(r2, r3, 0x44), hi23 = _mm512_shuffle_i32x4(r2, r3, 0xee);
+    _mm512_storeu_si512(p, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+    _mm512_storeu_si512(p + 16, _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
+    _mm512_storeu_si512(p + 32, _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+    _mm512_storeu_si512(p + 48, _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
+  }
+};
+
 struct F32 {
   using Scalar = float;
   using Doubles = F64;
+  using Bits = avx512::Bits;
   static constexpr int kWidth = 16;
   __m512 v;
 
@@ -102,6 +169,14 @@ struct F32 {
   void store(S* p, int n) const {
     _mm256_mask_storeu_epi16(p, mask(n), narrow(S{}));
   }
+
+  template <class S>
+  static F32 rounded(F32 x, S) {
+    return widen(x.narrow(S{}), S{});
+  }
+  friend Bits bits_of(F32 x) { return _mm512_castps_si512(x.v); }
+  static F32 float_of(Bits bits) { return _mm512_castsi512_ps(bits.v); }
+  friend Bits truncated(F32 x) { return _mm512_cvttps_epi32(x.v); }
 
   friend F32 add(F32 a, F32 b) { return _mm512_add_ps(a.v, b.v); }
   friend F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a.v, b.v); }

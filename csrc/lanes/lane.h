@@ -16,6 +16,23 @@
 //   to_doubles(Lane::Doubles*)           its elements as lanes of doubles
 //   flush_subnormal(x)                   |x| below the smallest normal number becomes a zero of the same sign
 //
+// A lane of floats also has
+//
+//   Lane::Bits                           as many unsigned integers of 32 bits, see below
+//   bits_of(x), float_of(Bits)           the same bits
+//   truncated(x)                         to integers, of 0 <= x < 2^31
+//   Lane::rounded(x, S)                  as store() and load() of storage type S would leave it
+//
+// and Bits
+//
+//   Bits(uint32_t), Bits::count_from(first)   first, first + 1, ...
+//   Bits::load(const I*), load(p, n), store(I*), store(p, n)   of integers of 8 or 16 bits; stored: the low ones
+//   add sub mul bit_and bit_or bit_xor, x.left<k>() x.right<k>()   modulo 2^32, shifts by k
+//   if_less(a, b, x, y)                  a < b ? x : y, as signed integers
+//   if_same(a, b, x, y)                  a == b ? x : y
+//   mul_wide(a, constant, &high, &low)   the product's halves
+//   store_in_turn(a, b, c, d, p)         a0 b0 c0 d0 a1 b1 ...
+//
 // Everything here has internal linkage: the file of an instruction set must not hand its code to another one.
 #pragma once
 

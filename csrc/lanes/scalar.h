@@ -42,8 +42,95 @@ inline T fma_one(T a, T b, T c) {
 }
 #endif
 
+template <int N>
+struct Bits {
+  static constexpr int kWidth = N;
+  uint32_t v[N];
+
+  Bits() = default;
+  FUSEDOPT_HD explicit Bits(uint32_t x) {
+    for (int k = 0; k < N; ++k) v[k] = x;
+  }
+  template <class F>
+  FUSEDOPT_HD static Bits each(F f) {
+    Bits r;
+    for (int k = 0; k < N; ++k) r.v[k] = f(k);
+    return r;
+  }
+  FUSEDOPT_HD static Bits count_from(uint32_t first) {
+    return each([first](int k) { return first + static_cast<uint32_t>(k); });
+  }
+
+  template <class I>
+  FUSEDOPT_HD static Bits load(const I* p) {
+    return each([p](int k) { return uint32_t{p[k]}; });
+  }
+  template <class I>
+  FUSEDOPT_HD static Bits load(const I* p, int n) {
+    return each([p, n](int k) { return k < n ? uint32_t{p[k]} : 0u; });
+  }
+  template <class I>
+  FUSEDOPT_HD void store(I* p) const {
+    for (int k = 0; k < N; ++k) p[k] = static_cast<I>(v[k]);
+  }
+  template <class I>
+  FUSEDOPT_HD void store(I* p, int n) const {
+    for (int k = 0; k < n; ++k) p[k] = static_cast<I>(v[k]);
+  }
+
+  FUSEDOPT_HD friend Bits add(Bits a, Bits b) {
+    return each([&](int k) { return a.v[k] + b.v[k]; });
+  }
+  FUSEDOPT_HD friend Bits sub(Bits a, Bits b) {
+    return each([&](int k) { return a.v[k] - b.v[k]; });
+  }
+  FUSEDOPT_HD friend Bits mul(Bits a, Bits b) {
+    return each([&](int k) { return a.v[k] * b.v[k]; });
+  }
+  FUSEDOPT_HD friend Bits bit_and(Bits a, Bits b) {
+    return each([&](int k) { return a.v[k] & b.v[k]; });
+  }
+  FUSEDOPT_HD friend Bits bit_or(Bits a, Bits b) {
+    return each([&](int k) { return a.v[k] | b.v[k]; });
+  }
+  FUSEDOPT_HD friend Bits bit_xor(Bits a, Bits b) {
+    return each([&](int k) { return a.v[k] ^ b.v[k]; });
+  }
+  template <int count>
+  FUSEDOPT_HD Bits left() const {
+    return each([&](int k) { return v[k] << count; });
+  }
+  template <int count>
+  FUSEDOPT_HD Bits right() const {
+    return each([&](int k) { return v[k] >> count; });
+  }
+  FUSEDOPT_HD friend Bits if_less(Bits a, Bits b, Bits yes, Bits no) {
+    return each(
+        [&](int k) { return static_cast<int32_t>(a.v[k]) < static_cast<int32_t>(b.v[k]) ? yes.v[k] : no.v[k]; });
+  }
+  FUSEDOPT_HD friend Bits if_same(Bits a, Bits b, Bits yes, Bits no) {
+    return each([&](int k) { return a.v[k] == b.v[k] ? yes.v[k] : no.v[k]; });
+  }
+  FUSEDOPT_HD friend void mul_wide(Bits a, uint32_t constant, Bits* high, Bits* low) {
+    for (int k = 0; k < N; ++k) {
+      const uint64_t product = uint64_t{a.v[k]} * constant;
+      high->v[k] = static_cast<uint32_t>(product >> 32);
+      low->v[k] = static_cast<uint32_t>(product);
+    }
+  }
+  FUSEDOPT_HD friend void store_in_turn(Bits a, Bits b, Bits c, Bits d, uint32_t* p) {
+    for (int k = 0; k < N; ++k) {
+      p[4 * k] = a.v[k];
+      p[4 * k + 1] = b.v[k];
+      p[4 * k + 2] = c.v[k];
+      p[4 * k + 3] = d.v[k];
+    }
+  }
+};
+
 template <class T, int N = 8>
 struct Lane {
+  using Bits = portable::Bits<N>;
   using Scalar = T;
   using Doubles = Lane<double, N>;
   static constexpr int kWidth = N;
@@ -80,6 +167,20 @@ struct Lane {
   FUSEDOPT_HD static void store_one(S* p, T value) {
     const S x = narrow(value, S{});
     std::memcpy(p, &x, sizeof x);
+  }
+
+  template <class S>
+  FUSEDOPT_HD static Lane rounded(Lane x, S) {
+    return each([&](int k) { return widen(narrow(x.v[k], S{})); });
+  }
+  FUSEDOPT_HD friend Bits bits_of(Lane x) {
+    return Bits::each([&](int k) { return float_to_bits(x.v[k]); });
+  }
+  FUSEDOPT_HD static Lane float_of(Bits bits) {
+    return each([&](int k) { return bits_to_float(bits.v[k]); });
+  }
+  FUSEDOPT_HD friend Bits truncated(Lane x) {
+    return Bits::each([&](int k) { return static_cast<uint32_t>(static_cast<int32_t>(x.v[k])); });
   }
 
   template <class S>

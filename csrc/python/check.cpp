@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "../form.h"
+
 namespace fusedopt {
 
 std::string ParamName::text() const {
@@ -57,7 +59,7 @@ void merge_dims(Layout* layout, int num_streams) {
 
 }  // namespace
 
-std::unique_ptr<Layout> plan_row(const Streams& streams, TensorRow* row) {
+std::unique_ptr<Layout> plan_row(const Streams& streams, TensorRow* row, bool any_order) {
   const TensorView& param = streams.view[kParam];
   row->numel = param.numel() * (param.is_complex ? 2 : 1);
   for (int k = 0; k < streams.count; ++k) row->data[k] = streams.view[k].data;
@@ -70,8 +72,8 @@ std::unique_ptr<Layout> plan_row(const Streams& streams, TensorRow* row) {
 
   auto layout = std::make_unique<Layout>();
   add_dims(streams, layout.get());
-  std::stable_sort(layout->dim, layout->dim + layout->ndim,
-                   [](const Layout::Dim& a, const Layout::Dim& b) { return a.stride[kParam] > b.stride[kParam]; });
+  const auto by_stride = [](const Layout::Dim& a, const Layout::Dim& b) { return a.stride[kParam] > b.stride[kParam]; };
+  if (any_order) std::stable_sort(layout->dim, layout->dim + layout->ndim, by_stride);
   merge_dims(layout.get(), streams.count);
   if (layout->ndim == 1) {
     bool dense = true;
@@ -93,24 +95,41 @@ bool same_written_layout(const Layout* a, const Layout* b, int num_streams) {
   return true;
 }
 
-void stream_extent(const TensorRow& row, int stream, int64_t itemsize, const std::byte** begin, const std::byte** end) {
-  int64_t last = row.numel - 1;
-  if (const Layout* layout = row.layout) {
+int64_t itemsize(const TensorRow& row, DType dtype, int stream) {
+  return itemsize(row.form ? row.form->dtype(stream) : dtype);
+}
+
+// The codes' scales have a shape of their own, and are dense.
+static bool is_scales(const TensorRow& row, int stream) {
+  return row.form && row.form->is_coded() && stream == row.form->scales();
+}
+static int64_t num_elements(const TensorRow& row, int stream) {
+  if (!is_scales(row, stream)) return row.numel;
+  return row.numel / row.form->row_numel * row.form->blocks_per_row() * row.form->num_states;
+}
+static const Layout* layout_of(const TensorRow& row, int stream) {
+  return is_scales(row, stream) ? nullptr : row.layout;
+}
+
+void stream_extent(const TensorRow& row, int stream, DType dtype, const std::byte** begin, const std::byte** end) {
+  int64_t last = num_elements(row, stream) - 1;
+  if (const Layout* layout = layout_of(row, stream)) {
     last = 0;
     for (int d = 0; d < layout->ndim; ++d) last += (layout->dim[d].size - 1) * layout->dim[d].stride[stream];
   }
   *begin = row.data[stream];
-  *end = row.data[stream] + (last + 1) * itemsize;
+  *end = row.data[stream] + (last + 1) * itemsize(row, dtype, stream);
 }
 
 namespace {
 
 // Calls visit(address) for every byte of every element of a stream, until it returns true; then returns true.
 template <class Visit>
-bool any_byte_of(const TensorRow& row, int stream, int64_t itemsize, Visit visit) {
-  for (int64_t e = 0; e < row.numel; ++e) {
+bool any_byte_of(const TensorRow& row, int stream, DType dtype, Visit visit) {
+  const int64_t size = itemsize(row, dtype, stream), numel = num_elements(row, stream);
+  for (int64_t e = 0; e < numel; ++e) {
     int64_t offset = e;
-    if (const Layout* layout = row.layout) {
+    if (const Layout* layout = layout_of(row, stream)) {
       offset = 0;
       int64_t rest = e;
       for (int d = layout->ndim - 1; d >= 0; --d) {
@@ -118,8 +137,8 @@ bool any_byte_of(const TensorRow& row, int stream, int64_t itemsize, Visit visit
         rest /= layout->dim[d].size;
       }
     }
-    for (int64_t byte = 0; byte < itemsize; ++byte) {
-      if (visit(row.data[stream] + offset * itemsize + byte)) return true;
+    for (int64_t byte = 0; byte < size; ++byte) {
+      if (visit(row.data[stream] + offset * size + byte)) return true;
     }
   }
   return false;
@@ -145,7 +164,7 @@ bool elements_apart(const Layout* layout, int stream) {
 template <class Visit>
 bool WrittenMemory::any_byte(const Region& region, Visit visit) const {
   const Shape& shape = shapes_[region.owner];
-  if (region.stream != kStepCount) return any_byte_of(*shape.row, region.stream, shape.itemsize, visit);
+  if (region.stream != kStepCount) return any_byte_of(*shape.row, region.stream, shape.dtype, visit);
   for (const std::byte* at = region.begin; at != region.end; ++at) {
     if (visit(at)) return true;
   }
@@ -157,14 +176,14 @@ void WrittenMemory::clear() {
   shapes_.clear();
 }
 
-void WrittenMemory::add(const TensorRow& row, int num_streams, int64_t itemsize, size_t owner) {
+void WrittenMemory::add(const TensorRow& row, int num_streams, DType dtype, size_t owner) {
   if (shapes_.size() <= owner) shapes_.resize(owner + 1);
-  shapes_[owner] = {&row, itemsize};
+  shapes_[owner] = {&row, dtype};
   if (row.numel == 0) return;
   for (int k = 0; k < num_streams; ++k) {
     if (k == kGrad) continue;
     Region region{nullptr, nullptr, owner, k, nullptr};
-    stream_extent(row, k, itemsize, &region.begin, &region.end);
+    stream_extent(row, k, dtype, &region.begin, &region.end);
     regions_.push_back(region);
   }
 }
@@ -185,7 +204,8 @@ bool WrittenMemory::find_overlap(Region* a, Region* b) {
     size_t next = i + 1;
     while (next < regions_.size() && regions_[next].begin < regions_[next - 1].reach) ++next;
     const bool apart =
-        regions_[i].stream == kStepCount || elements_apart(shapes_[regions_[i].owner].row->layout, regions_[i].stream);
+        regions_[i].stream == kStepCount ||
+        elements_apart(layout_of(*shapes_[regions_[i].owner].row, regions_[i].stream), regions_[i].stream);
     if (!(next == i + 1 && apart) && elements_overlap(i, next, a, b)) return true;
     i = next;
   }
@@ -224,12 +244,12 @@ size_t WrittenMemory::first_from(const std::byte* p) const {
   return cursor_ = found - regions_.begin();
 }
 
-bool WrittenMemory::gradient_overlaps(const TensorRow& row, int64_t itemsize, size_t owner, Gap* gap,
+bool WrittenMemory::gradient_overlaps(const TensorRow& row, DType dtype, size_t owner, Gap* gap,
                                       Region* touched) const {
   *gap = {};
   if (row.numel == 0) return false;
   const std::byte *from, *to;
-  stream_extent(row, kGrad, itemsize, &from, &to);
+  stream_extent(row, kGrad, dtype, &from, &to);
   const auto next = regions_.begin() + first_from(to);
   const std::byte* reach = next == regions_.begin() ? nullptr : std::prev(next)->reach;
   if (reach <= from) {
@@ -238,7 +258,8 @@ bool WrittenMemory::gradient_overlaps(const TensorRow& row, int64_t itemsize, si
   }
 
   const auto is_own_stream = [&](const Region& region) {
-    if (region.owner != owner || region.stream == kStepCount || row.data[region.stream] != row.data[kGrad])
+    if (region.owner != owner || region.stream == kStepCount || row.data[region.stream] != row.data[kGrad] ||
+        itemsize(row, dtype, region.stream) != itemsize(row, dtype, kGrad))
       return false;
     for (int d = 0; row.layout && d < row.layout->ndim; ++d) {
       if (row.layout->dim[d].stride[kGrad] != row.layout->dim[d].stride[region.stream]) return false;
@@ -246,7 +267,7 @@ bool WrittenMemory::gradient_overlaps(const TensorRow& row, int64_t itemsize, si
     return true;
   };
   std::vector<bool> read(static_cast<size_t>(to - from));
-  any_byte_of(row, kGrad, itemsize, [&](const std::byte* at) { return read[at - from] = true, false; });
+  any_byte_of(row, kGrad, dtype, [&](const std::byte* at) { return read[at - from] = true, false; });
   for (auto region = regions_.begin(); region != next; ++region) {
     if (region->end <= from || is_own_stream(*region)) continue;
     *touched = *region;

@@ -29,9 +29,12 @@ struct Streams {
   int count;
 };
 
-// Fills row->data and row->numel and returns the layout, null where all streams are dense in one common order.
-// Throws if the shapes differ.
-std::unique_ptr<Layout> plan_row(const Streams& streams, TensorRow* row);
+// Fills row->data and row->numel and returns the layout, null where all streams are dense in one common order. Walked
+// in row-major order, or, if any will do, in the parameter's.
+std::unique_ptr<Layout> plan_row(const Streams& streams, TensorRow* row, bool any_order = true);
+
+// What an element of a row's stream takes. dtype: of a row without a form.
+int64_t itemsize(const TensorRow& row, DType dtype, int stream);
 
 // The memory that the step writes, to find out whether two elements share a byte, or a gradient lies in it.
 class WrittenMemory {
@@ -48,7 +51,7 @@ class WrittenMemory {
 
   void clear();
   // The row and its layout are kept by address.
-  void add(const TensorRow& row, int num_streams, int64_t itemsize, size_t owner);
+  void add(const TensorRow& row, int num_streams, DType dtype, size_t owner);
   void add_step_count(const std::byte* step, int64_t itemsize, size_t owner);
   // Sorts, and finds two elements in one place: true, with the two regions they belong to (one and the same if a
   // tensor overlaps itself).
@@ -61,12 +64,12 @@ class WrittenMemory {
   };
   // Does a gradient share memory with what is written? Not if it is, element for element, a stream of its own row:
   // every lane is read before it is written. Call find_overlap first. `gap` is set if the answer is a plain no.
-  bool gradient_overlaps(const TensorRow& row, int64_t itemsize, size_t owner, Gap* gap, Region* touched) const;
+  bool gradient_overlaps(const TensorRow& row, DType dtype, size_t owner, Gap* gap, Region* touched) const;
 
  private:
   struct Shape {
     const TensorRow* row;
-    int64_t itemsize;
+    DType dtype;
   };
   template <class Visit>
   bool any_byte(const Region& region, Visit visit) const;
@@ -83,6 +86,6 @@ class WrittenMemory {
 bool same_written_layout(const Layout* a, const Layout* b, int num_streams);
 
 // The bytes from the first element of a stream to behind its last.
-void stream_extent(const TensorRow& row, int stream, int64_t itemsize, const std::byte** begin, const std::byte** end);
+void stream_extent(const TensorRow& row, int stream, DType dtype, const std::byte** begin, const std::byte** end);
 
 }  // namespace fusedopt

@@ -75,8 +75,7 @@ struct Clipper::Grads {
     tensors.erase(std::remove_if(tensors.begin(), tensors.end(), is_none), tensors.end());
     size_t owner = 0;
     for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
-      for (const TensorRow& row : by_dtype[dtype].rows)
-        memory.add(row, kGrad + 1, itemsize(static_cast<DType>(dtype)), owner++);
+      for (const TensorRow& row : by_dtype[dtype].rows) memory.add(row, kGrad + 1, static_cast<DType>(dtype), owner++);
     }
     WrittenMemory::Region a, b;
     return count > 0 && !memory.find_overlap(&a, &b);

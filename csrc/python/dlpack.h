@@ -21,7 +21,7 @@ struct DataType {
   uint8_t code, bits;
   uint16_t lanes;
 };
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kComplex = 5;
+constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5;
 
 struct Tensor {
   void* data;

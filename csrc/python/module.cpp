@@ -95,11 +95,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cuda_on_host", &set_cuda_on_host);
   m.def("plan_chunks", &plan_chunks);
   m.attr("cuda_chunk") = cuda::kChunk;
+  m.attr("code_block") = kCodeBlock;
   m.def("set_signatures", &records::set_enabled, "For tests: False reads every tensor anew in every step.");
   m.def(
-      "check_phase_options",
-      [](const py::dict& options, const std::string& optimizer) { PhaseOptions().check(options.ptr(), optimizer); },
+      "check_options",
+      [](const py::dict& options, const std::string& optimizer) {
+        PhaseOptions().check(options.ptr(), optimizer);
+        PrecisionOptions().read(options.ptr(), optimizer + ": ");
+      },
       "Raises what a step would, but for the name of the group.");
+  m.def("encode_state", &encode_state,
+        "Codes of a float32 tensor, rounded to nearest; fills its column of the scales. All contiguous, on the CPU.");
+  m.def("decode_state", &decode_state, "The reverse.");
   py::class_<Clipper>(m, "Clipper").def(py::init<>()).def("clip", &Clipper::clip);
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("optimizer"))
@@ -111,5 +118,6 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("answer", &Stepper::answer)
       .def_property_readonly("stats", &Stepper::stats)
       .def("forget", &Stepper::forget)
+      .def("state_names", &Stepper::state_names)
       .def("update_captured", &Stepper::update_captured);
 }

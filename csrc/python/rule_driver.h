@@ -115,6 +115,7 @@ class RuleDriver {
   virtual int max_states() const = 0;
   virtual const char* state_name(int k) const = 0;
   virtual int num_states(int variant) const = 0;
+  virtual bool is_signed(int k) const = 0;
   virtual void begin_step() = 0;
   // Reads the options of the next group; returns the variant its rows need.
   virtual int read_group(PyObject* dict, const char* optimizer, const Context& context) = 0;
@@ -147,6 +148,7 @@ class RuleDriverOf final : public RuleDriver {
   int max_states() const override { return Rule::kNumStates; }
   const char* state_name(int k) const override { return Rule::kStateNames[k]; }
   int num_states(int variant) const override { return Rule::num_states(variant); }
+  bool is_signed(int k) const override { return Rule::is_signed(k); }
 
   void begin_step() override { num_groups_ = 0; }
 
@@ -292,10 +294,10 @@ class RuleDriverOf final : public RuleDriver {
   typename Rule::template Scalars<T> make(const PerGroup& g, double step) const {
     const typename Rule::Corrections at_step = Rule::corrections(g.options, step);
     if (const char* problem = Rule::problem(at_step)) throw std::domain_error(problem);
-    if (g.lr_is_tensor) {
-      return Rule::template scalars<T>(g.options, TensorLr{g.lr, g.lr_dtype}, at_step, g.context);
-    }
-    return Rule::template scalars<T>(g.options, g.lr, at_step, g.context);
+    auto scalars = g.lr_is_tensor ? Rule::template scalars<T>(g.options, TensorLr{g.lr, g.lr_dtype}, at_step, g.context)
+                                  : Rule::template scalars<T>(g.options, g.lr, at_step, g.context);
+    scalars.step = step_of_draws(step);
+    return scalars;
   }
 
   // Which bytes of the options an option on a device belongs in: those that change when its value does.

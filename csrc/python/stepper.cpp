@@ -15,9 +15,9 @@ struct Stepper::Entry {
   PyObject* param = nullptr;  // borrowed: compared, never followed
   uint32_t group = 0, index = 0;
   int8_t variant = 0, num_states = 0, num_streams = 0;  // the rule's states; all streams
-  DType dtype = DType::kFloat32;
-  Part part = Part::kNone;   // of this step
-  Part known = Part::kNone;  // what it was read for
+  DType dtype = DType::kFloat32;                        // of all streams, or kMixed
+  Part part = Part::kNone;                              // of this step
+  Part known = Part::kNone;                             // what it was read for
   bool has_ema = false, is_complex = false;
   bool in_memory = false;
   bool step_is_double = false;
@@ -25,13 +25,14 @@ struct Stepper::Entry {
   bool is_sparse = false;  // the gradient, of which sparse_ knows more
   int16_t device = kCpu;
   // Positions for PyDict_Next: of the parameter in the optimizer's state, of the tensors in the parameter's.
-  int32_t state_at = 0, step_at = 0, item_at[kMaxStates + 1] = {};
+  int32_t state_at = 0, step_at = 0, item_at[kMaxStreams - kState] = {};
 
   const Signature* signature[kMaxStreams] = {};
   const Signature* step_signature = nullptr;
   std::byte* step = nullptr;
   int64_t grad_bytes = 0;          // from the gradient's first element to behind its last
   std::unique_ptr<Layout> layout;  // of what is written
+  std::unique_ptr<Form> form;      // null of a plain one
   WrittenMemory::Gap gap;
 
   double step_count() const {
@@ -158,6 +159,7 @@ class Stepper::Scan {
   };
   std::vector<int> variants;       // of each group
   std::vector<double> ema_decays;  // of each group, -1 if it has none
+  std::vector<Precision> precisions;
   std::vector<List> lists;         // of each group
   std::vector<PyObject*> written;  // the parameters of this step
   std::vector<Dirty> dirty;
@@ -176,6 +178,7 @@ class Stepper::Scan {
   void begin() {
     variants.clear();
     ema_decays.clear();
+    precisions.clear();
     lists.clear();
     written.clear();
     dirty.clear();
@@ -219,7 +222,10 @@ Stepper::Stepper(const std::string& rule, std::string optimizer)
       optimizer_(std::move(optimizer)),
       str_step_(PyUnicode_InternFromString("step")),
       str_params_(PyUnicode_InternFromString("params")),
-      str_ema_(PyUnicode_InternFromString("ema")) {
+      str_ema_(PyUnicode_InternFromString("ema")),
+      str_scales_(PyUnicode_InternFromString("scales")) {
+  static constexpr const char* kCompanions[] = {"", "master_param", "param_remainder", "compensation"};
+  for (int k = 0; k < 4; ++k) str_companions_[k] = PyUnicode_InternFromString(kCompanions[k]);
   for (int k = 0; k < rule_->max_states(); ++k) state_names_[k] = PyUnicode_InternFromString(rule_->state_name(k));
 }
 
@@ -247,8 +253,12 @@ const TensorRow& Stepper::written_row(size_t n) const {
 }
 const TensorRow& Stepper::grad_row(size_t n) const { return is_sparse(n) ? sparse_.at(n).grad_memory : rows_[n]; }
 
-PyObject* Stepper::stream_name(const Entry& entry, int k) const {
-  return k == entry.num_states ? str_ema_ : state_names_[k];
+PyObject* Stepper::state_name(const Entry& entry, int k) const {
+  const bool is_average = entry.known == Part::kAverage;  // of which the average is the state
+  if (k < entry.num_states) return is_average ? str_ema_ : state_names_[k];
+  if (!is_average && entry.has_ema && k == entry.num_streams - kState - 1) return str_ema_;
+  if (entry.form->is_coded() && k == entry.num_states) return str_scales_;
+  return str_companions_[static_cast<int>(entry.form->companion)];
 }
 
 // Is nothing about the parameter and its state other than at its last step?
@@ -266,14 +276,11 @@ bool Stepper::unchanged(const Entry& entry, const TensorRow& row, PyObject* para
   PyObject* param_state = value_at(scan->state.ptr(), entry.state_at, param);
   if (!param_state || !PyDict_Check(param_state)) return false;
   if (!still(entry.step_signature, value_at(param_state, entry.step_at, str_step_), entry.step)) return false;
-  for (int k = 0; k < entry.num_states; ++k) {
-    PyObject* tensor = value_at(param_state, entry.item_at[k], state_names_[k]);
+  for (int k = 0; k < entry.num_streams - kState; ++k) {
+    PyObject* tensor = value_at(param_state, entry.item_at[k], state_name(entry, k));
     if (!still(entry.signature[kState + k], tensor, row.data[kState + k])) return false;
   }
-  if (!entry.has_ema) return true;
-  const int k = entry.num_states;
-  PyObject* tensor = value_at(param_state, entry.item_at[k], str_ema_);
-  return still(entry.signature[kState + k], tensor, row.data[kState + k]);
+  return true;
 }
 
 // The quick way: kChanged sends the parameter to refresh(). May run on several threads, if no references are held.
@@ -318,10 +325,20 @@ Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* para
   std::byte* data;
   if (!grad_record || entry.known != Part::kStep || !unchanged(entry, row, param, scan)) return Look::kChanged;
   if (!entry.signature[kGrad]->matches(grad_record, &data)) return Look::kChanged;
-  if (entry.device != kCpu && reinterpret_cast<uintptr_t>(data) % itemsize(entry.dtype) != 0) return Look::kChanged;
+  if (entry.device != kCpu && reinterpret_cast<uintptr_t>(data) % itemsize(row, entry.dtype, kGrad) != 0)
+    return Look::kChanged;
   if (data != row.data[kGrad]) row.data[kGrad] = data;
   // Also where it has not moved: a scan that was begun anew may have noted the move, but nobody has looked at it.
   return entry.gap.holds(data, data + entry.grad_bytes) ? Look::kUnchanged : Look::kGradMoved;
+}
+
+// The form of a row of the moving average alone.
+static Form average_form(Form form) {
+  form.grad = form.param;
+  form.state = form.ema;
+  form.num_states = 1;
+  form.stochastic_param = form.stochastic_state = false;
+  return form;
 }
 
 // Reads everything about a parameter anew. Without param_state only the parameter and its gradient are checked.
@@ -332,7 +349,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   Streams streams;
   std::string why;
   const auto read = [&](int stream, PyObject* tensor, const std::string& what, bool may_be_lazy) -> PyObject* {
-    if (!read_tensor(tensor, &streams.view[stream], &why)) fail(who, what, why);
+    if (!read_tensor(tensor, &streams.view[stream], &why, stream >= kState)) fail(who, what, why);
     if (is_lazy_view(tensor)) {
       if (!may_be_lazy) fail(who, what, "is a conjugate or negative view; call .resolve_conj().resolve_neg() on it");
       tensor = py::handle(tensor).attr("resolve_conj")().attr("resolve_neg")().release().ptr();
@@ -342,22 +359,30 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
     }
     return tensor;
   };
-  const auto must_have_same_type = [&](int stream, const std::string& what) {
+  const auto must_be = [&](int stream, const std::string& what, DType dtype, bool is_complex) {
     const TensorView &got = streams.view[stream], &param = streams.view[kParam];
     if (got.device != param.device) {
       fail(who, what,
            "is on device '" + device_name(got.device) + "' but the parameter is on '" + device_name(param.device) +
                "'; move it there");
     }
-    if (got.dtype != param.dtype || got.is_complex != param.is_complex) {
+    if (got.dtype == dtype && got.is_complex == is_complex) return;
+    const std::string has = std::string("has dtype ") + dtype_name(got.dtype, got.is_complex);
+    if (dtype == param.dtype && is_complex == param.is_complex)
       fail(who, what,
-           std::string("has dtype ") + dtype_name(got.dtype, got.is_complex) + " but the parameter has " +
-               dtype_name(param.dtype, param.is_complex) +
+           has + " but the parameter has " + dtype_name(dtype, is_complex) +
                "; convert it to the parameter's dtype (nothing is cast silently)");
-    }
+    fail(who, what,
+         has + ", but with its group's master_weights, rounding and state_dtype it must have " +
+             dtype_name(dtype, is_complex) + "; load_state_dict(..., convert=True) converts a whole state_dict");
+  };
+  const auto is_narrow = [](const TensorView& view) { return !view.is_complex && view.dtype != DType::kFloat64; };
+  const auto must_have_same_type = [&](int stream, const std::string& what) {
+    const TensorView &got = streams.view[stream], &param = streams.view[kParam];
+    const bool may_differ = stream == kGrad && is_narrow(got) && is_narrow(param);
+    must_be(stream, what, may_differ ? got.dtype : param.dtype, param.is_complex);
   };
   const auto must_match = [&](int stream, const std::string& what) {
-    must_have_same_type(stream, what);
     const TensorView &got = streams.view[stream], &param = streams.view[kParam];
     if (got.ndim != param.ndim || !std::equal(got.shape, got.shape + got.ndim, param.shape)) {
       fail(who, what, "has shape " + got.shape_string() + " but the parameter has " + param.shape_string());
@@ -379,30 +404,66 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
     for (py::object& part : sparse->read(dirty.grad, streams.view[kParam], rule_->ascends(entry.group), who))
       scan->held.take(part.release().ptr());
     streams.view[kGrad] = sparse->values();
-    must_have_same_type(kGrad, "the gradient");
+    must_be(kGrad, "the gradient", streams.view[kParam].dtype, streams.view[kParam].is_complex);
   } else if (has_grad) {
     grad = read(kGrad, dirty.grad, "the gradient", true);
+    must_have_same_type(kGrad, "the gradient");
     must_match(kGrad, "the gradient");
   } else {
     streams.view[kGrad] = streams.view[kParam];
   }
+  const int variant = is_sparse ? rule_->sparse_variant() : scan->variants[entry.group];
+  const int all_states = rule_->num_states(variant);
+  auto form = std::make_unique<Form>();
+  try {
+    const Precision& precision = scan->precisions[entry.group];
+    if (!find_form(precision, streams.view[kParam], streams.view[kGrad].dtype, all_states, dirty.entry, form.get()))
+      form.reset();
+  } catch (const std::runtime_error& error) {
+    fail(who, "the parameter", error.what());
+  }
+  if (form && is_sparse)
+    fail(
+        who, "the gradient",
+        "is sparse, and its group has master_weights, rounding or state_dtype, which are for dense ones: leave them at "
+        "their defaults in a group of its own, or make the gradient dense");
   if (!param_state) return;
 
-  const int variant = is_sparse ? rule_->sparse_variant() : scan->variants[entry.group];
-  const int num_states = has_grad ? rule_->num_states(variant) : 0;
+  entry.param = nullptr;
+  entry.known = has_grad ? Part::kStep : Part::kAverage;
+  const int num_states = has_grad ? all_states : 1;
+  if (form && !has_grad) *form = average_form(*form);
+  const bool is_coded = form && form->is_coded();
+  const bool has_companion = form && form->companion != Companion::kNone;
   PyObject* tensors[kMaxStreams] = {dirty.param, grad};
-  streams.count = kState + num_states + has_ema;
+  streams.count = kState + num_states + is_coded + has_companion + (has_grad && has_ema);
   entry.num_states = static_cast<int8_t>(num_states);
+  entry.num_streams = static_cast<int8_t>(streams.count);
+  entry.has_ema = has_ema;
+  entry.form = std::move(form);
+  const Form* const formed = entry.form.get();
   for (int k = 0; k < streams.count - kState; ++k) {
-    PyObject* const key = stream_name(entry, k);
-    const std::string what = std::string("state '") + (key == str_ema_ ? "ema" : rule_->state_name(k)) + "'";
+    PyObject* const key = state_name(entry, k);
+    const std::string what = "state '" + py::handle(key).cast<std::string>() + "'";
     PyObject* tensor = find_value(param_state, key, 0, &entry.item_at[k]);
     if (!tensor)
       fail(who, what,
            "is missing: was the option that needs it switched on, or another optimizer's state "
            "loaded? Delete this parameter's state to begin anew");
     read(kState + k, tensor, what, false);
-    must_match(kState + k, what);
+    const TensorView &got = streams.view[kState + k], &param = streams.view[kParam];
+    must_be(kState + k, what, formed ? formed->dtype(kState + k) : param.dtype, param.is_complex);
+    if (key == str_scales_) {
+      const int64_t wanted[] = {param.ndim == 0 ? 1 : param.shape[0], formed->blocks_per_row(), num_states};
+      if (got.ndim != 3 || !std::equal(wanted, wanted + 3, got.shape) || !got.is_contiguous())
+        fail(who, what,
+             "has shape " + got.shape_string() + ", not the (" + std::to_string(wanted[0]) + ", " +
+                 std::to_string(wanted[1]) + ", " + std::to_string(wanted[2]) + "), contiguous, of its blocks");
+      streams.view[kState + k].ndim = 0;
+    } else {
+      must_match(kState + k, what);
+      if (got.dtype == DType::kCode && !got.is_contiguous()) fail(who, what, "must be contiguous");
+    }
     tensors[kState + k] = tensor;
     scan->held.keep(tensor);
   }
@@ -424,27 +485,28 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
 
   std::unique_ptr<Layout> layout;
   if (has_ema) {
-    plan_average(dirty.entry, streams.view[kParam], streams.view[streams.count - 1]);
+    const int ema = has_grad ? streams.count - 1 : kState;
+    plan_average(dirty.entry, streams, ema, formed);
     const Layout* planned = averages_.at(dirty.entry).layout.get();
     if (!has_grad && planned) layout = std::make_unique<Layout>(*planned);  // to be compared with
   }
-  if (has_grad) layout = is_sparse ? sparse->plan(streams, &row) : plan_row(streams, &row);
+  if (has_grad) {
+    layout = is_sparse ? sparse->plan(streams, &row) : plan_row(streams, &row, !formed || !formed->draws());
+    row.form = formed;
+  }
   entry.is_sparse = is_sparse;
-  entry.has_ema = has_ema;
   entry.is_complex = streams.view[kParam].is_complex;
-  entry.known = has_grad ? Part::kStep : Part::kAverage;
   const TensorRow& written = written_row(dirty.entry);
   bool moved = !entry.in_memory || !same_written_layout(entry.layout.get(), layout.get(), streams.count) ||
                entry.step != step.data || before.numel != written.numel || entry.variant != variant ||
-               entry.dtype != streams.view[kParam].dtype;
+               entry.dtype != (formed ? DType::kMixed : streams.view[kParam].dtype);
   for (int k = 0; k < streams.count; ++k) moved |= k != kGrad && before.data[k] != written.data[k];
   scan->memory_changed |= moved;
   refreshed_ = true;
 
   entry.param = dirty.param;
   entry.variant = variant;
-  entry.dtype = streams.view[kParam].dtype;
-  entry.num_streams = streams.count;
+  entry.dtype = formed ? DType::kMixed : streams.view[kParam].dtype;
   entry.layout = std::move(layout);
   entry.step = step.data;
   entry.step_is_double = step.dtype == DType::kFloat64;
@@ -463,21 +525,27 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   row.update = device == kCpu ? target_->find(rule_->id(), variant, entry.dtype) : nullptr;
   const std::byte *from, *to;
   const TensorRow& grad_memory = grad_row(dirty.entry);
-  stream_extent(grad_memory, kGrad, itemsize(entry.dtype), &from, &to);
+  stream_extent(grad_memory, kGrad, entry.dtype, &from, &to);
   entry.grad_bytes = grad_memory.numel ? to - from : 0;
   if (!entry.gap.holds(from, to)) scan->moved_grads.push_back(dirty.entry);
 }
 
-// The row of the moving average alone.
-void Stepper::plan_average(size_t n, const TensorView& param, const TensorView& ema) {
+// The row of the moving average alone: the average is its state.
+void Stepper::plan_average(size_t n, const Streams& all, int ema, const Form* form) {
   AverageRow& average = averages_[n];
   Streams streams;
+  streams.view[kParam] = streams.view[kGrad] = all.view[kParam];  // there is none: its place is not read
+  streams.view[kState] = all.view[ema];
   streams.count = kState + 1;
-  streams.view[kParam] = streams.view[kGrad] = param;  // there is none: its place is not read
-  streams.view[kState] = ema;
+  average.form.reset();
+  if (form) {
+    average.form = std::make_unique<Form>(average_form(*form));
+    if (form->companion != Companion::kNone) streams.view[streams.count++] = all.view[form->companion_stream()];
+  }
   average.row = {};
   average.layout = plan_row(streams, &average.row);
   average.row.layout = average.layout.get();
+  average.row.form = average.form.get();
 }
 
 void Stepper::read_options(Scan* scan) {
@@ -493,12 +561,17 @@ void Stepper::read_options(Scan* scan) {
     scan->context.ema_decay = phase_.ema_decay();
     scan->ema_decays.push_back(phase_.has_ema() ? phase_.ema_decay() : -1);
     scan->variants.push_back(rule_->read_group(group, optimizer_.c_str(), scan->context));
+    scan->precisions.push_back(precision_.read_group(group, optimizer_.c_str(), static_cast<size_t>(g)));
   }
 }
 
 void Stepper::read_groups(Scan* scan) {
   // All options first: reading a number may run users' code, which must not meet a half-done scan.
   read_options(scan);
+  if (precisions_ != scan->precisions) {
+    for (Entry& entry : entries_) entry.param = nullptr;
+    precisions_ = scan->precisions;
+  }
   PyObject* groups = scan->groups.ptr();
   size_t n = 0;
   for (size_t g = 0; g < scan->variants.size() && g < static_cast<size_t>(PyList_GET_SIZE(groups)); ++g) {
@@ -574,6 +647,51 @@ void Stepper::scan_holding(Scan* scan) {
   }
 }
 
+// The form of a parameter that has been checked; without states if it is plain.
+Form Stepper::form_of(const Dirty& dirty, const Scan& scan) const {
+  const Entry& entry = entries_[dirty.entry];
+  TensorView param, grad;
+  std::string why;
+  Form form;
+  if (!read_tensor(dirty.param, &param, &why)) fail(name(entry, scan), "the parameter", why);
+  const bool has_grad = dirty.grad != Py_None && !py::handle(dirty.grad).attr("is_sparse").cast<bool>();
+  if (!has_grad || !read_tensor(dirty.grad, &grad, &why)) grad = param;
+  const int num_states = rule_->num_states(scan.variants[entry.group]);
+  if (!find_form(scan.precisions[entry.group], param, grad.dtype, num_states, dirty.entry, &form)) form.num_states = 0;
+  return form;
+}
+
+// What state a parameter is to have, with dtypes if it is not plain.
+py::list Stepper::names_of(const Form& form, int variant, bool wants_state, bool wants_ema) const {
+  py::list names;
+  const auto add = [&](PyObject* name, DType dtype) {
+    const py::handle of(name);
+    if (form.num_states == 0) return names.append(of);
+    names.append(py::make_tuple(of, dtype_name(dtype, false) + std::strlen("torch.")));
+  };
+  if (wants_state) {
+    names.append(py::handle(str_step_));
+    for (int k = 0; k < rule_->num_states(variant); ++k) add(state_names_[k], form.state);
+    if (form.is_coded()) add(str_scales_, DType::kFloat32);
+    if (form.companion != Companion::kNone)
+      add(str_companions_[static_cast<int>(form.companion)], form.dtype(form.companion_stream()));
+  }
+  if (wants_ema) add(str_ema_, form.ema);
+  return names;
+}
+
+py::list Stepper::state_names(py::handle param, py::dict group) {
+  rule_->begin_step();
+  const int variant = rule_->read_group(group.ptr(), optimizer_.c_str(), {});
+  TensorView view;
+  std::string why;
+  Form form;
+  if (!read_tensor(param.ptr(), &view, &why)) throw std::runtime_error(optimizer_ + ": a parameter " + why);
+  const Precision precision = precision_.read(group.ptr(), optimizer_ + ": ");
+  if (!find_form(precision, view, view.dtype, rule_->num_states(variant), 0, &form)) form.num_states = 0;
+  return names_of(form, variant, true, group.contains("ema_decay") && !group["ema_decay"].is_none());
+}
+
 // Reads the parameters that changed anew. If some have no state, checks the rest of them all the same, then makes it
 // and returns false: that ran users' code perhaps, and the scan must begin anew.
 bool Stepper::refresh_dirty(py::handle optimizer, Scan* scan) {
@@ -599,13 +717,7 @@ bool Stepper::refresh_dirty(py::handle optimizer, Scan* scan) {
     }
     refresh(dirty, lacks_ema ? nullptr : param_state, scan);
     if (param_state && !lacks_ema) continue;
-    py::list names;
-    if (!param_state) {
-      names.append(py::handle(str_step_));
-      for (int k = 0; k < rule_->num_states(scan->variants[entry.group]); ++k)
-        names.append(py::handle(state_names_[k]));
-    }
-    if (lacks_ema) names.append(py::handle(str_ema_));
+    const py::list names = names_of(form_of(dirty, *scan), scan->variants[entry.group], !param_state, lacks_ema);
     missing.append(
         py::make_tuple(py::handle(dirty.param), names, py::handle(PyList_GET_ITEM(scan->groups.ptr(), entry.group))));
     without_state.push_back(dirty);
@@ -649,8 +761,7 @@ void Stepper::check_memory(Scan* scan) {
     const bool is_step = region.stream == WrittenMemory::kStepCount;
     if (is_step) return std::string("state 'step'");
     const Entry& entry = entries_[region.owner];
-    const int k = region.stream - kState;
-    return "state '" + std::string(k == entry.num_states ? "ema" : rule_->state_name(k)) + "'";
+    return "state '" + py::handle(state_name(entry, region.stream - kState)).cast<std::string>() + "'";
   };
   const auto where = [&](const WrittenMemory::Region& region) {
     const Entry& entry = entries_[region.owner];
@@ -664,7 +775,7 @@ void Stepper::check_memory(Scan* scan) {
       entry.gap = {};
       entry.in_memory = entry.part != Part::kNone;
       if (!entry.in_memory) continue;
-      memory_.add(written_row(n), entry.num_streams, itemsize(entry.dtype), n);
+      memory_.add(written_row(n), entry.num_streams, entry.dtype, n);
       memory_.add_step_count(entry.step, entry.step_is_double ? 8 : 4, n);
     }
     if (!memory_.find_overlap(&a, &b)) return;
@@ -680,7 +791,7 @@ void Stepper::check_memory(Scan* scan) {
       Entry& entry = entries_[n];
       const TensorRow& row = grad_row(n);
       WrittenMemory::Gap gap;
-      if (is_sparse(n) && memory_.gradient_overlaps(sparse_.at(n).index_memory, sizeof(int64_t), n, &gap, &a)) {
+      if (is_sparse(n) && memory_.gradient_overlaps(sparse_.at(n).index_memory, DType::kFloat64, n, &gap, &a)) {
         if (may_retry) return false;
         fail(name(entry, *scan), "the gradient's indices", "share memory with " + where(a) + "; use a .clone() of it");
       }
@@ -690,7 +801,7 @@ void Stepper::check_memory(Scan* scan) {
         entry.gap = recent;
         continue;
       }
-      if (!memory_.gradient_overlaps(row, itemsize(entry.dtype), n, &entry.gap, &a)) {
+      if (!memory_.gradient_overlaps(row, entry.dtype, n, &entry.gap, &a)) {
         recent = entry.gap;
         continue;
       }
@@ -790,7 +901,9 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     if (entry.part != Part::kStep) continue;
     const Ema ema = !entry.has_ema || entry.is_sparse ? Ema::kNone : starts(entry) ? Ema::kCopy : Ema::kMove;
     if (row.beside) {
-      beside_[n] = {ema, entry.device == kCpu ? target_->find_norm(entry.dtype) : nullptr, nullptr, nullptr};
+      beside_[n] = {ema,
+                    entry.device == kCpu ? target_->find_norm(entry.form ? entry.form->grad : entry.dtype) : nullptr,
+                    nullptr, nullptr};
     }
     norm_is_double_ |= scan->wants_norm && entry.dtype == DType::kFloat64;
     if (entry.is_complex && scan->wants_norm && phase_.infinity_norm())
@@ -870,7 +983,8 @@ void Stepper::prepare_tables(Scan* scan, int64_t cost) {
 
 Stepper::Phase Stepper::phase_of(const Scan& scan) const {
   return {scan.wants_norm,      scan.report_inf != nullptr, phase_.infinity_norm(),
-          phase_.wants_stats(), captured_.averages_alone,   scan.ema_decays};
+          phase_.wants_stats(), captured_.averages_alone,   scan.ema_decays,
+          scan.precisions};
 }
 
 // The steps of all devices. What is decided by all gradients comes first, by their dtypes in order; averages of what a
@@ -923,6 +1037,7 @@ void Stepper::update_captured(py::list param_groups) {
   same &= !captured_.norm || captured_.infinity_norm == phase_.infinity_norm();
   same &= captured_.stats == phase_.wants_stats();
   if (before.size() == scan.ema_decays.size()) {
+    same &= captured_.precisions == scan.precisions;
     for (size_t g = 0; g < before.size(); ++g) {
       same &= has_ema(before[g]) == has_ema(scan.ema_decays[g]);
       same &= !captured_.averages_alone || before[g] == scan.ema_decays[g];
@@ -933,7 +1048,7 @@ void Stepper::update_captured(py::list param_groups) {
         optimizer_ +
         ": what a step measures or averages has changed since it was captured (max_grad_norm, "
         "skip_nonfinite, ema_decay, stats switched on or off, norm_type, the ema_decay of parameters "
-        "without gradients); capture anew");
+        "without gradients), or how parameters and state are stored; capture anew");
   for (const auto& known : tables_) {
     const TorchDevice current(known->device);
     if (known->rule == rule_->id())

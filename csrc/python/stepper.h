@@ -11,6 +11,7 @@
 #include "../cuda/driver.h"
 #include "check.h"
 #include "phase.h"
+#include "precision.h"
 #include "records.h"
 #include "rule_driver.h"
 #include "sparse.h"
@@ -38,6 +39,8 @@ class Stepper {
   // The tensors that the steps left their findings in; null if there was nothing.
   py::object answer() const { return answer_.tensor ? answer_.tensor : py::none(); }
   py::object stats() const { return stats_.tensor ? stats_.tensor : py::none(); }
+  // The names of a parameter's state in a group: "step", then names, or, if it is not plain, names with dtypes.
+  py::list state_names(py::handle param, py::dict group);
   // Reads everything anew in the next step.
   void forget();
   // Writes the groups' options of now to the tables of captured CUDA graphs: their next replays use them.
@@ -65,11 +68,13 @@ class Stepper {
   struct Phase {
     bool norm = false, reports = false, infinity_norm = false, stats = false, averages_alone = false;
     std::vector<double> ema_decays;
+    std::vector<Precision> precisions;
   };
   // The row of the moving average alone: of a parameter that has no gradient, or a sparse one.
   struct AverageRow {
     TensorRow row{};
     std::unique_ptr<Layout> layout;
+    std::unique_ptr<Form> form;
   };
 
   void read_options(Scan* scan);
@@ -81,7 +86,9 @@ class Stepper {
   bool unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const;
   bool refresh_dirty(py::handle optimizer, Scan* scan);
   void refresh(const Dirty& dirty, PyObject* param_state, Scan* scan);
-  void plan_average(size_t n, const TensorView& param, const TensorView& ema);
+  Form form_of(const Dirty& dirty, const Scan& scan) const;
+  py::list names_of(const Form& form, int variant, bool wants_state, bool wants_ema) const;
+  void plan_average(size_t n, const Streams& streams, int ema, const Form* form);
   void check_memory(Scan* scan);
   bool find_buffers(py::handle optimizer, Scan* scan);
   int64_t prepare_rows(Scan* scan);
@@ -98,7 +105,8 @@ class Stepper {
   void launch_tables(const Scan& scan);
   cuda::StepInfo step_info(int rule, int device, DType dtype, bool counts_there, Scan* scan);
   bool is_sparse(size_t n) const;
-  PyObject* stream_name(const Entry& entry, int k) const;
+  // Of a state tensor: of stream kState + k.
+  PyObject* state_name(const Entry& entry, int k) const;
   // What WrittenMemory is told of a parameter, and of its gradient.
   const TensorRow& written_row(size_t n) const;
   const TensorRow& grad_row(size_t n) const;
@@ -109,6 +117,8 @@ class Stepper {
   PyObject* str_step_;
   PyObject* str_params_;
   PyObject* str_ema_;
+  PyObject* str_scales_;
+  PyObject* str_companions_[4];
   PyObject* state_names_[kMaxStates];
 
   const struct Target* target_ = nullptr;
@@ -118,7 +128,9 @@ class Stepper {
   std::unordered_map<size_t, AverageRow> averages_;  // of entries that have had one
   std::vector<TensorRow> average_rows_;              // of this step
   PhaseOptions phase_;
-  std::vector<Beside> beside_;  // of the rows, where something is wanted
+  PrecisionOptions precision_;
+  std::vector<Precision> precisions_;  // of the groups, at the last step
+  std::vector<Beside> beside_;         // of the rows, where something is wanted
   std::vector<NormPart> norm_parts_;
   std::vector<StatsPart> stats_parts_;
   // Tensors of the optimizer: the answer (measures.h) and the statistics, and where they lie.

@@ -39,6 +39,10 @@ bool supported_dtype(dlpack::DataType got, TensorView* out) {
     out->dtype = DType::kFloat32;
   } else if ((got.code == dlpack::kFloat || out->is_complex) && bits == 64) {
     out->dtype = DType::kFloat64;
+  } else if (got.code == dlpack::kUInt && bits == 8) {
+    out->dtype = DType::kCode;
+  } else if (got.code == dlpack::kInt && bits == 16) {
+    out->dtype = DType::kInt16;
   } else {
     return false;
   }
@@ -52,7 +56,10 @@ int64_t itemsize(DType dtype) {
     case DType::kFloat32: return 4;
     case DType::kFloat64: return 8;
     case DType::kBFloat16:
-    case DType::kFloat16: return 2;
+    case DType::kFloat16:
+    case DType::kInt16: return 2;
+    case DType::kCode: return 1;
+    case DType::kMixed: break;
   }
   return 0;
 }
@@ -63,6 +70,9 @@ const char* dtype_name(DType dtype, bool is_complex) {
     case DType::kFloat64: return is_complex ? "torch.complex128" : "torch.float64";
     case DType::kBFloat16: return "torch.bfloat16";
     case DType::kFloat16: return "torch.float16";
+    case DType::kCode: return "torch.uint8";
+    case DType::kInt16: return "torch.int16";
+    case DType::kMixed: break;
   }
   return "?";
 }
@@ -153,7 +163,7 @@ bool is_lazy_view(PyObject* tensor) {
   return t.attr("is_neg")().cast<bool>() || t.attr("is_conj")().cast<bool>();
 }
 
-bool read_tensor(PyObject* tensor, TensorView* out, std::string* why) {
+bool read_tensor(PyObject* tensor, TensorView* out, std::string* why, bool may_be_integer) {
   if (!is_tensor(tensor)) {
     *why = "is not a tensor but a " + std::string(Py_TYPE(tensor)->tp_name);
     return false;
@@ -184,7 +194,8 @@ bool read_tensor(PyObject* tensor, TensorView* out, std::string* why) {
            "', which this build has no kernels for; move it to 'cpu' or use torch.optim";
     return false;
   }
-  if (!supported_dtype(raw.dtype, out)) {
+  const bool is_integer = raw.dtype.code == dlpack::kInt || raw.dtype.code == dlpack::kUInt;
+  if (!supported_dtype(raw.dtype, out) || (is_integer && !may_be_integer)) {
     *why = "has dtype " + dtype_of(tensor) +
            "; supported are float32, float64, bfloat16, float16, complex64 and complex128";
     return false;

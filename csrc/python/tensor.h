@@ -70,8 +70,9 @@ inline bool is_tensor(PyObject* object) { return is_plain_tensor(object) || PyOb
 PyObject* get_grad(PyObject* tensor);
 // The shape, strides and so on as DLPack tells them: 0, or -1 with a Python exception set.
 int read_dlpack(PyObject* tensor, dlpack::Tensor* out);
-// Reads a strided CPU tensor of a supported dtype. Otherwise returns false and says in `why` what was got.
-bool read_tensor(PyObject* tensor, TensorView* out, std::string* why);
+// Reads a strided tensor of a supported dtype; of an integer one, which some state is, if it may be. Otherwise returns
+// false and says in `why` what was got.
+bool read_tensor(PyObject* tensor, TensorView* out, std::string* why, bool may_be_integer = false);
 // The same for a tensor that is one real number.
 bool read_number(PyObject* tensor, TensorView* out, std::string* why);
 // Conjugate and negative views read as if they were not: true for those.

@@ -18,6 +18,9 @@ struct Context {
   uint32_t has_ema = false;  // no padding: compared byte by byte
 };
 
+// A step count as draws know it.
+FUSEDOPT_HD inline uint32_t step_of_draws(double step) { return static_cast<uint32_t>(static_cast<int64_t>(step)); }
+
 struct Common {
   enum Flag : uint32_t {
     kUnscale = 1,            // multiply by inv_scale
@@ -35,6 +38,9 @@ struct Common {
   static constexpr bool kCountsSteps = true;  // and has options of its own
   static constexpr bool kHasCompany = true;   // a moving average and statistics may be wanted beside it
 
+  // Can a state tensor be negative? It has other codes then (codecs.h).
+  FUSEDOPT_HD static constexpr bool is_signed(int) { return false; }
+
   template <class T>
   struct Scalars {
     T inv_scale;
@@ -42,16 +48,20 @@ struct Common {
     T decay;  // weight_decay, for kL2Decay
     T ema_weight;
     uint32_t flags;
+    uint32_t step;  // the count, for draws
   };
 
   template <class T>
   FUSEDOPT_HD static Scalars<T> scalars(const Context& context, bool maximize, double l2_decay) {
     const T one_minus_decay = static_cast<T>(1 - context.ema_decay);
     const bool from_param = context.has_ema && !(one_minus_decay < T(0.5));
-    return {static_cast<T>(context.inv_scale), T(1), static_cast<T>(l2_decay),
+    return {static_cast<T>(context.inv_scale),
+            T(1),
+            static_cast<T>(l2_decay),
             from_param ? one_minus_decay - 1 : one_minus_decay,
             (context.unscale ? kUnscale : 0u) | (maximize ? kMaximize : 0u) | (l2_decay != 0 ? kL2Decay : 0u) |
-                (from_param ? kAverageFromParam : 0u)};
+                (from_param ? kAverageFromParam : 0u),
+            0};
   }
 
   // A value as it was computed by backward, unscaled, clipped and in the direction to descend. Of a sparse gradient,

@@ -16,6 +16,8 @@ struct Moments : Common {
   static constexpr const char* kStateNames[kNumStates] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr int kExpAvg = 0, kExpAvgSq = 1, kMaxExpAvgSq = 2;
 
+  FUSEDOPT_HD static constexpr bool is_signed(int state) { return state == kExpAvg; }
+
   // The sets of memory streams. Everything else about a group is a branch on its flags.
   enum Variant { kPlain, kAmsgrad, kNumVariants };
   static constexpr int num_states(int variant) { return variant == kAmsgrad ? 3 : 2; }

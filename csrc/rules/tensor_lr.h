@@ -16,6 +16,7 @@ struct TensorLr {
       case DType::kFloat32: return {static_cast<float>(x), dtype};
       case DType::kBFloat16: return {to_float(to_bfloat16(static_cast<float>(x))), dtype};
       case DType::kFloat16: return {to_float(to_half(static_cast<float>(x))), dtype};
+      default: break;
     }
     return {x, dtype};
   }

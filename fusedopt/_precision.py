@@ -1,0 +1,239 @@
+"""State in other forms than a plain one: made, decoded, converted, and loaded without a cast."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._config import _C
+
+if TYPE_CHECKING:
+    from ._optimizer import FusedOptimizer
+
+OPTIONS = ("master_weights", "rounding", "state_dtype", "seed")
+COMPANIONS = ("master_param", "param_remainder", "compensation")
+_SIGNED = {"exp_avg"}  # the others are never negative, and have other codes
+
+
+def encode(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """The 8-bit codes of a parameter's state tensors, rounded to nearest, and the scales of their blocks."""
+    first = next(iter(values.values()))
+    shape = (first.shape[0] if first.dim() else 1, 1, len(values))
+    rows, numel = shape[0], first.numel()
+    blocks = -(-(numel // rows if rows and numel else 1) // _C.code_block)
+    scales = torch.zeros(rows, blocks, len(values))
+    codes = {}
+    for k, (name, value) in enumerate(values.items()):
+        code = torch.zeros(value.shape, dtype=torch.uint8)
+        _C.encode_state(value.detach().float().cpu().contiguous(), name in _SIGNED, k, code, scales)
+        codes[name] = code.to(value.device)
+    return codes, scales.to(first.device)
+
+
+def decode(state: dict[str, Any], name: str) -> Tensor:
+    """A state tensor in float32."""
+    value: Tensor = state[name]
+    if value.dtype != torch.uint8:
+        return value.float()
+    scales = state["scales"].cpu().contiguous()
+    k = [key for key, tensor in state.items() if isinstance(tensor, Tensor) and tensor.dtype == torch.uint8].index(name)
+    out = torch.empty(value.shape)
+    _C.decode_state(value.cpu().contiguous(), name in _SIGNED, k, scales, out)
+    return out.to(value.device)
+
+
+def full_value(param: Tensor, state: dict[str, Any]) -> Tensor | None:
+    """The float32 value that a parameter stands for; None if that is the parameter."""
+    param = param.detach()
+    if "master_param" in state:
+        master: Tensor = state["master_param"]
+        return master.clone()
+    if "param_remainder" in state:
+        high = param.contiguous().view(torch.int16).to(torch.int32) << 16
+        joined: Tensor = high + state["param_remainder"].to(torch.int32)
+        return joined.view(torch.float32)
+    if "compensation" in state:
+        lost: Tensor = state["compensation"]
+        return param.float() + lost.float()
+    return None
+
+
+def _companion(name: str, dtype: torch.dtype, param: Tensor, value: Tensor) -> Tensor:
+    """What belongs beside the parameter for it to stand for a value, as far as it is that value rounded."""
+    if name == "master_param":
+        return value
+    if name == "compensation":
+        rest = value - param.detach().float()
+        is_nearest = rest.abs() <= (value - value.to(dtype).float()).abs()  # one of two, if it lies between
+        return torch.where(is_nearest, rest, torch.zeros_like(rest)).to(dtype)
+    bits = value.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    low = (bits - (high << 16)).to(torch.int16)
+    same = high.to(torch.int16) == param.detach().contiguous().view(torch.int16)
+    return torch.where(same & ~value.isnan(), low, torch.zeros_like(low))
+
+
+def _form(optimizer: FusedOptimizer, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+    """What state a parameter is to have, and its dtypes; nothing of a plain one."""
+    if all(group[name] == value for name, value in optimizer._precision_options.items() if name != "seed"):
+        return {}
+    names = optimizer._stepper.state_names(param, group)
+    return {name[0]: getattr(torch, name[1]) for name in names if isinstance(name, tuple)}
+
+
+def _convert(param: Tensor, form: dict[str, torch.dtype], state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state in another form."""
+    wanted = form or {name: param.dtype for name in state if name not in ("step", "scales", *COMPANIONS)}
+    value = full_value(param, state)
+    if value is None:
+        value = param.detach().float()
+    codes = {name: decode(state, name) for name, dtype in wanted.items() if dtype == torch.uint8 and name in state}
+    encoded, scales = encode(codes) if codes else ({}, None)
+    out: dict[str, Any] = {}
+    for name in state:
+        if name in wanted and name not in COMPANIONS and name != "scales":
+            out[name] = encoded[name] if name in encoded else decode(state, name).to(wanted[name])
+        elif name not in COMPANIONS and name != "scales":
+            out[name] = state[name]
+    if scales is not None:
+        out["scales"] = scales
+    for name in COMPANIONS:
+        if name in wanted:
+            out[name] = state[name] if name in state else _companion(name, wanted[name], param, value)
+    if "ema" in out:  # the last, as in a step
+        out["ema"] = out.pop("ema")
+    return out
+
+
+def _params_by_id(optimizer: FusedOptimizer, checkpoint: dict[str, Any]) -> dict[Any, tuple[Tensor, dict[str, Any]]]:
+    """The parameter and the live group of each id that a checkpoint's groups have."""
+    found = {}
+    for saved, live in zip(checkpoint["param_groups"], optimizer.param_groups, strict=True):
+        for key, param in zip(saved["params"], live["params"], strict=True):
+            found[key] = (param, live)
+    return found
+
+
+def portable(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict in torch's float32 layout."""
+    params = _params_by_id(optimizer, state_dict)
+    states: dict[Any, Any] = {}
+    for key, state in state_dict["state"].items():
+        if key not in params:
+            states[key] = state
+            continue
+        param, group = params[key]
+        if not _form(optimizer, param, group):
+            states[key] = state
+            continue
+        value = full_value(param, state)
+        states[key] = {
+            name: decode(state, name) if isinstance(tensor, Tensor) and name != "step" else tensor
+            for name, tensor in state.items()
+            if name not in COMPANIONS and name != "scales"
+        }
+        if value is not None:
+            states[key]["master_param"] = value
+    groups = [{k: v for k, v in group.items() if k not in OPTIONS} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+class _Exact:
+    """A tensor that torch's load_state_dict is not to cast."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _describe(group: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={group[name]!r}" for name in OPTIONS if name in group)
+
+
+def prepare(
+    optimizer: FusedOptimizer, checkpoint: dict[str, Any], convert: bool, cast: list[str]
+) -> dict[str, Any] | None:
+    """What torch is given to load: state that is right already, and must not be cast, in a wrapping.
+
+    `cast` takes what torch will cast. Changes nothing; raises where the state is not what the options need.
+    """
+    groups = checkpoint["param_groups"]
+    lengths = [len(group["params"]) for group in groups]
+    if lengths != [len(group["params"]) for group in optimizer.param_groups]:
+        return None  # torch says what is wrong
+    cls = type(optimizer).__name__
+    merged = []
+    for index, (saved, live) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        group = {**live, **saved}
+        if convert:
+            group.update({name: live[name] for name in OPTIONS})
+        elif any(group[name] != live[name] for name in OPTIONS[:3]):
+            warnings.warn(
+                f"{cls}.load_state_dict: param_groups[{index}] takes {_describe(saved)} from the checkpoint, "
+                f"instead of {_describe(live)}; load_state_dict(..., convert=True) keeps these, and converts the state",
+                stacklevel=4,
+            )
+        merged.append(group)
+
+    states = dict(checkpoint["state"])
+    for saved, live, group in zip(groups, optimizer.param_groups, merged, strict=True):
+        for index, (key, param) in enumerate(zip(saved["params"], live["params"], strict=True)):
+            state = states.get(key)
+            if not isinstance(state, dict) or not state:
+                continue
+            form = _form(optimizer, param, group)
+            if convert:
+                state = _convert(param, form, state)
+            if form:
+                _check(cls, live, index, form, state)
+                states[key] = {
+                    name: _Exact(value) if isinstance(value, Tensor) and name != "step" else value
+                    for name, value in state.items()
+                }
+                continue
+            strays = [name for name in ("scales", *COMPANIONS[1:]) if name in state]
+            if strays:
+                _fail(cls, live, index, f"has {strays[0]!r}, which its options have no use for")
+            states[key] = state
+            cast += [
+                f"{name!r} of parameter {key} from {value.dtype} to {param.dtype}"
+                for name, value in state.items()
+                if isinstance(value, Tensor)
+                and name != "step"
+                and value.dtype != param.dtype
+                and param.is_floating_point()
+            ]
+    if convert:
+        groups = [
+            {**saved, **{name: live[name] for name in OPTIONS}}
+            for saved, live in zip(groups, optimizer.param_groups, strict=True)
+        ]
+    return {**checkpoint, "state": states, "param_groups": groups}
+
+
+def _fail(cls: str, group: dict[str, Any], index: int, problem: str) -> None:
+    names = group.get("param_names", ())
+    name = f" ({names[index]!r})" if index < len(names) else ""
+    raise ValueError(
+        f"{cls}.load_state_dict: the checkpoint's state of parameter {index} of a group{name} {problem}; "
+        "load_state_dict(..., convert=True) converts it. Nothing was changed"
+    )
+
+
+def _check(cls: str, group: dict[str, Any], index: int, form: dict[str, torch.dtype], state: dict[str, Any]) -> None:
+    for name, dtype in form.items():
+        value = state.get(name)
+        if value is None:
+            if name != "ema":  # it begins with what the parameter is
+                _fail(cls, group, index, f"lacks {name!r}, which its options need")
+        elif value.dtype != dtype:
+            _fail(cls, group, index, f"has {name!r} in {value.dtype}, and its options need {dtype}")
+
+
+def unwrap(optimizer: FusedOptimizer) -> None:
+    for param, state in optimizer.state.items():
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(value, _Exact):
+                state[name] = value.tensor.to(param.device)
