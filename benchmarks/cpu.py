@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 import fusedopt
 from fusedopt._config import _C
 
-from . import harness, phase
+from . import harness, phase, precision
 from .harness import (
     FIRST_STEPS,
     FOREACH,
@@ -473,6 +473,7 @@ BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {
     "adagrad": adagrad,
     "sparse": sparse,
     **phase.BENCHMARKS,
+    **precision.BENCHMARKS,
     "import": import_time,
     "build": build,
 }

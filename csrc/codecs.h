@@ -59,11 +59,14 @@ inline void draw_all(const Form& form, uint32_t step, int64_t begin, int64_t end
   }
 }
 
-// A state tensor's own, of the element's: each uniform, and next to uncorrelated.
+// A state tensor's own, of the element's: rotated by 8, 4 or 12 bits, so each is uniform, and two are next to
+// uncorrelated.
 template <class Bits>
 FUSEDOPT_HD FUSEDOPT_INLINE Bits state_draw(Bits draws, int k) {
-  constexpr uint32_t once = 40503, twice = once * once;
-  return bit_and(mul(draws, Bits(k == 0 ? once : k == 1 ? twice : twice * once)), Bits(0xffffu));
+  const Bits twice = bit_or(draws, draws.template left<16>()), mask(0xffffu);
+  if (k == 0) return bit_and(twice.template right<8>(), mask);
+  if (k == 1) return bit_and(twice.template right<12>(), mask);
+  return bit_and(twice.template right<4>(), mask);
 }
 
 // --- 16 bits ---------------------------------------------------------------------------------------------------------
@@ -73,19 +76,19 @@ FUSEDOPT_HD FUSEDOPT_INLINE Bits without_sign(Bits bits) {
   return bit_and(bits, Bits(0x7fffffffu));
 }
 
-// Up or down with the probabilities that make it x on average. Infinities and NaN as to nearest.
+// Up or down with the probabilities that make it x on average. Infinities and NaN (which are quiet: results of
+// arithmetic, or loaded from 16 bits) as to nearest.
 template <class Lane, class Bits = typename Lane::Bits>
 FUSEDOPT_HD FUSEDOPT_INLINE Bits stochastic(Lane x, Bits draws, BFloat16) {
-  const Bits bits = bits_of(x), magnitude = without_sign(bits), high = bits.template right<16>();
-  const Bits special = if_less(Bits(0x7f800000u), magnitude, bit_or(high, Bits(0x40)), high);
-  return if_less(magnitude, Bits(0x7f800000u), add(bits, draws).template right<16>(), special);
+  const Bits bits = bits_of(x);
+  return if_less(without_sign(bits), Bits(0x7f800000u), add(bits, draws), bits).template right<16>();
 }
 template <class Lane, class Bits = typename Lane::Bits>
 FUSEDOPT_HD FUSEDOPT_INLINE Bits stochastic(Lane x, Bits draws, Half) {
   const Bits bits = bits_of(x), magnitude = without_sign(bits), inf(0x7c00);
   const Bits sum = sub(add(magnitude, draws.template right<3>()), Bits(0x38000000u));
   Bits half = sum.template right<13>();
-  half = if_less(half, inf, half, inf);
+  half = min(half, inf);
   // A subnormal half: in units of 2^-40.
   const Lane small = Lane::float_of(if_less(magnitude, Bits(0x38800000u), magnitude, Bits(0)));
   const Bits units = truncated(mul(small, Lane(0x1p40f)));
@@ -137,8 +140,12 @@ FUSEDOPT_HD FUSEDOPT_INLINE Lane load_param(const Form& form, const Memory& memo
   if (form.companion == Companion::kMaster) {
     // A parameter that is not its master's rounding was changed from outside, and is what counts.
     const Lane master = memory.template load<Lane>(kCompanionSlot, DType::kFloat32);
-    Lane rounded = Lane::rounded(master, Half{});
-    if (form.param == DType::kBFloat16) rounded = Lane::float_of(away(master).template left<16>());
+    Lane rounded;
+    if (form.param == DType::kBFloat16) {
+      rounded = Lane::float_of(away(master).template left<16>());
+    } else {
+      rounded = Lane::rounded(master, Half{});
+    }
     return Lane::float_of(if_same(bits_of(param), bits_of(rounded), bits_of(master), bits_of(param)));
   }
   if (form.companion == Companion::kCompensation)
@@ -148,9 +155,8 @@ FUSEDOPT_HD FUSEDOPT_INLINE Lane load_param(const Form& form, const Memory& memo
 
 template <class Lane, class Memory, class Bits = typename Lane::Bits>
 FUSEDOPT_HD FUSEDOPT_INLINE void store_drawn(DType dtype, Lane x, Bits draws, int slot, const Memory& memory) {
-  Bits words = stochastic(x, draws, BFloat16{});
-  if (dtype == DType::kFloat16) words = stochastic(x, draws, Half{});
-  memory.store_words(slot, words);
+  if (dtype == DType::kBFloat16) return memory.store_words(slot, stochastic(x, draws, BFloat16{}));
+  memory.store_words(slot, stochastic(x, draws, Half{}));
 }
 
 template <class Lane, class Memory, class Bits = typename Lane::Bits>
@@ -167,8 +173,12 @@ FUSEDOPT_HD FUSEDOPT_INLINE void store_param(const Form& form, Lane x, Bits draw
       memory.store_words(kParam, away(x));
       return memory.store_words(kCompanionSlot, remainder(x));
     case Companion::kCompensation:
-      Lane stored = Lane::rounded(x, Half{});
-      if (form.param == DType::kBFloat16) stored = Lane::rounded(x, BFloat16{});
+      Lane stored;
+      if (form.param == DType::kBFloat16) {
+        stored = Lane::rounded(x, BFloat16{});
+      } else {
+        stored = Lane::rounded(x, Half{});
+      }
       memory.store(kParam, form.param, stored);
       return memory.store(kCompanionSlot, form.param, compensation(x, stored));
   }
@@ -197,12 +207,11 @@ struct Code {
 
   template <class Lane, class Bits = typename Lane::Bits>
   FUSEDOPT_HD static FUSEDOPT_INLINE Lane decode(Bits code, Lane scale) {
-    const Bits field = bit_and(code, Bits(kLargest)), normal(1u << kMantissa);
-    // Subnormals have the exponent of the smallest normal ones, and no leading one.
-    const Bits bits = add(field.template left<23 - kMantissa>(), Bits(power_bits(-kBias)));
-    const Lane one = Lane::float_of(Bits(power_bits(1 - kBias)));
-    const Lane subnormal = sub(Lane::float_of(add(bits, Bits(1u << 23))), one);
-    Bits value = if_less(field, normal, bits_of(subnormal), bits);
+    const Bits field = bit_and(code, Bits(kLargest)), normal(1u << kMantissa), smallest(power_bits(1 - kBias));
+    // Subnormals are what is above the smallest normal value, in steps of its last bit.
+    const Bits above = add(field.template left<23 - kMantissa>(), smallest);
+    const Bits subnormal = bits_of(sub(Lane::float_of(above), Lane::float_of(smallest)));
+    Bits value = if_less(field, normal, subnormal, sub(above, Bits(1u << 23)));
     if (is_signed) value = bit_or(value, bit_and(code, Bits(0x80)).template left<24>());
     return mul(Lane::float_of(value), scale);
   }
@@ -210,18 +219,17 @@ struct Code {
   // inverse: of the scale; 0 if that is.
   template <class Lane, class Bits = typename Lane::Bits>
   FUSEDOPT_HD static FUSEDOPT_INLINE Bits encode(Lane x, Lane inverse, Bits draws) {
-    const Bits bits = bits_of(x), magnitude = without_sign(bits);
+    const Bits bits = bits_of(x), magnitude = without_sign(bits), smallest(power_bits(1 - kBias));
     const Lane y = mul(Lane::float_of(magnitude), inverse);
-    const Bits y_bits = bits_of(y), smallest(power_bits(1 - kBias));
-    const Bits sum = add(add(y_bits, draws.template left<7 - kMantissa>()), Bits(1u << (6 - kMantissa)));
+    // Subnormals are rounded as what is above the smallest normal value.
+    const Bits above = bits_of(add(y, Lane::float_of(smallest))), y_bits = bits_of(y);
+    const Bits z = if_less(y_bits, smallest, sub(above, Bits(1u << 23)), y_bits);
+    const Bits sum = add(add(z, draws.template left<7 - kMantissa>()), Bits(1u << (6 - kMantissa)));
     Bits field = sub(sum.template right<23 - kMantissa>(), Bits(static_cast<uint32_t>(127 - kBias) << kMantissa));
-    const Lane small = Lane::float_of(if_less(y_bits, smallest, y_bits, Bits(0)));
-    const Bits units = truncated(mul(small, Lane::float_of(Bits(power_bits(kBias - 1 + kMantissa + 16)))));
-    field = if_less(y_bits, smallest, add(units, draws).template right<16>(), field);
-    field = if_less(field, Bits(kLargest), field, Bits(kLargest));
+    field = min(field, Bits(kLargest));
     if (is_signed) return bit_or(field, bit_and(bits.template right<24>(), Bits(0x80)));
     // What is not zero must not become it: it is divided by.
-    return if_less(field, if_less(Bits(0), magnitude, Bits(1), Bits(0)), Bits(1), field);
+    return max(field, min(magnitude, Bits(1)));
   }
 };
 

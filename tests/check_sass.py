@@ -55,8 +55,8 @@ VECTORS = {
     "Scale": (1, 1),  # grad
 }
 FULL_ONLY = ("Average", "Scale")
-# Kernels of mixed forms call a function for each way to walk a chunk, and save registers around the call: bytes spilled,
-# once a chunk of 4,096 elements, but for some in a block of codes. Their vectors are in the functions.
+# Kernels of mixed forms call a function for each way to walk a chunk, and save registers around the call: bytes
+# spilled, once a chunk of 4,096 elements, but for some in a block of codes. Their vectors are in the functions.
 MIXED = "Mixed"
 MOST_SPILLED = {"Adam": 1200, "RAdam": 1400}
 

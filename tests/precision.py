@@ -48,7 +48,8 @@ def draws(numel: int, seed: int, position: int, step: int) -> np.ndarray:
 
 def stream_draws(r: np.ndarray, k: int) -> np.ndarray:
     """Those of the k-th state tensor."""
-    return (r * pow(40503, k + 1, 2**16)) % 2**16
+    left = (8, 4, 12)[k]
+    return (r << left | r >> (16 - left)) % 2**16
 
 
 # --- 16 bits ---------------------------------------------------------------------------------------------------------
@@ -159,9 +160,10 @@ class Code:
         with np.errstate(all="ignore"):
             inv = np.where(scale >= np.float32(2**-126), np.float32(1) / scale, np.float32(0)).astype(np.float32)
             y = (np.abs(x) * inv).astype(np.float32)
-            normal = ((bits32(y) + (r << (7 - m)) + (1 << (6 - m))) >> (23 - m)) - ((127 - bias) << m)
-            small = np.where(y < np.float32(2.0 ** (1 - bias)), y * np.float32(2.0 ** (bias - 1 + m + 16)), 0)
-        field = np.where(y >= np.float32(2.0 ** (1 - bias)), normal, (small.astype(np.int64) + r) >> 16)
+            smallest = np.float32(2.0 ** (1 - bias))
+            above = (y + smallest).astype(np.float32)
+        z = np.where(y >= smallest, bits32(y), bits32(above) - (1 << 23))
+        field = ((z + (r << (7 - m)) + (1 << (6 - m))) >> (23 - m)) - ((127 - bias) << m)
         field = np.minimum(field, self.fields - 1)
         if self.signed:
             field = field | (np.signbit(x).astype(np.int64) * self.fields)

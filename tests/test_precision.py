@@ -761,7 +761,10 @@ def test_draws_depend_on_seed_step_and_position() -> None:
 
 
 def test_the_streams_of_a_parameter_have_other_draws() -> None:
-    """exp_avg and exp_avg_sq of one element are not rounded up together, nor with the parameter."""
+    """exp_avg and exp_avg_sq of one element are next to never rounded up together, nor with the parameter.
+
+    Their draws are one, rotated by 8 and by 4 bits: correlated by 1/16 at most, the share of the bits that meet.
+    """
     numel = 200_000
     param = Parameter(torch.zeros(numel, dtype=torch.bfloat16))
     param.grad = torch.full((numel,), 0.3, dtype=torch.bfloat16)
@@ -774,8 +777,8 @@ def test_the_streams_of_a_parameter_have_other_draws() -> None:
         assert len(values.unique()) == 2
         ups.append((values == values.max()).double())
     for first, second in itertools.combinations(ups, 2):
-        spread = math.sqrt(float(first.var() * second.var()) / numel)
-        assert abs(float(((first - first.mean()) * (second - second.mean())).mean())) < 4 * spread
+        correlation = float(torch.corrcoef(torch.stack([first, second]))[0, 1])
+        assert abs(correlation) < 1 / 16 + 4 / math.sqrt(numel)
 
 
 REMEDIES: dict[str, dict[str, Any]] = {
@@ -1441,7 +1444,7 @@ def test_draws() -> None:
         assert r[i] == (word >> 16 if i % 2 else word & 0xFFFF)
     for k in range(3):
         assert sorted(stream_draws(np.arange(2**16), k)) == list(range(2**16))  # each is as likely
-    assert stream_draws(np.array([1]), 1)[0] == 40503**2 % 2**16
+    assert [int(stream_draws(np.array([0x1234]), k)[0]) for k in range(3)] == [0x3412, 0x2341, 0x4123]
 
 
 def test_reference_split() -> None:

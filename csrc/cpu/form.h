@@ -76,9 +76,10 @@ class LaneMemory {
 
 // A block's state tensor k, as codes.
 template <class C, class Lane>
-__attribute__((noinline)) void encode(const FormRun& run, const float* values, Lane largest, int k, int64_t count) {
+__attribute__((noinline)) void encode(const FormRun& run, const float* values, typename Lane::Bits magnitude, int k,
+                                      int64_t count) {
   using Bits = typename Lane::Bits;
-  const BlockScale found = block_scale<C>(largest_of(largest));
+  const BlockScale found = block_scale<C>(bits_to_float(largest(magnitude)));
   auto* const out = reinterpret_cast<uint8_t*>(run.data[kState + k]);
   run.scales[k] = found.scale;
   if (found.inverse == 0) {
@@ -101,10 +102,11 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
   const bool coded = kNumStates > 0 && form.is_coded();
   // A block's states as they are updated: what its scale will be is known at its end.
   alignas(64) float values[kNumStates + 1][kCodeBlock];
-  Lane scale[kNumStates + 1], largest[kNumStates + 1];
+  Lane scale[kNumStates + 1];
+  Bits largest[kNumStates + 1];  // magnitudes: NaN is larger than infinity
   for (int k = 0; k < kNumStates; ++k) {
     scale[k] = Lane(coded ? run.scales[k] : 0.0f);
-    largest[k] = Lane(0.0f);
+    largest[k] = Bits(0);
   }
 
   for (int64_t i = 0; i < count; i += Lane::kWidth) {
@@ -130,7 +132,7 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
     for (int k = 0; k < kNumStates; ++k) {
       if (coded) {
         states[k].store(values[k] + i);
-        largest[k] = maximum(largest[k], abs(states[k]));
+        largest[k] = max(largest[k], without_sign(bits_of(states[k])));
       } else if (form.stochastic_state) {
         store_drawn(form.state, states[k], state_draw(draws, k), kState + k, memory);
       } else {
@@ -175,13 +177,20 @@ class FormWalk {
   }
 
   void walk(int64_t begin, int64_t end) {
-    alignas(64) uint16_t draws[kRun + kDraws];
+    // So many that their long chains of operations overlap.
+    constexpr int64_t kWindow = 8 * kDraws;
+    alignas(64) uint16_t draws[kWindow + kRun];
+    int64_t drawn_from = 0, drawn = 0;
     for (int64_t at = begin; at < end;) {
       int64_t stop = form_.is_coded() ? form_.block_end(at) : at + kRun < end ? at + kRun : end;
       if (form_.draws()) {
-        const int64_t from = at - at % kDraws;
-        draw_all<typename Lane::Bits>(form_, common_.step, from, stop, draws);
-        run_.draws = draws + (at - from);
+        if (stop > drawn) {
+          drawn_from = at - at % kDraws;
+          drawn = end < drawn_from + kWindow ? end : drawn_from + kWindow;
+          if (drawn < stop) drawn = stop;
+          draw_all<typename Lane::Bits>(form_, common_.step, drawn_from, drawn, draws);
+        }
+        run_.draws = draws + (at - drawn_from);
       }
       if (form_.is_coded()) {
         auto* const scales = reinterpret_cast<float*>(row_.data[form_.scales()]);

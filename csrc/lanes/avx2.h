@@ -104,6 +104,14 @@ struct Bits {
   Bits right() const {
     return _mm256_srli_epi32(v, count);
   }
+  friend Bits min(Bits a, Bits b) { return _mm256_min_epu32(a.v, b.v); }
+  friend Bits max(Bits a, Bits b) { return _mm256_max_epu32(a.v, b.v); }
+  friend uint32_t largest(Bits a) {
+    uint32_t each[kWidth], most = 0;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(each), a.v);
+    for (int k = 0; k < kWidth; ++k) most = each[k] > most ? each[k] : most;
+    return most;
+  }
   friend Bits if_less(Bits a, Bits b, Bits yes, Bits no) {
     return _mm256_blendv_epi8(no.v, yes.v, _mm256_cmpgt_epi32(b.v, a.v));
   }

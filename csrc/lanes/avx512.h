@@ -92,6 +92,9 @@ struct Bits {
   Bits right() const {
     return _mm512_srli_epi32(v, count);
   }
+  friend Bits min(Bits a, Bits b) { return _mm512_min_epu32(a.v, b.v); }
+  friend Bits max(Bits a, Bits b) { return _mm512_max_epu32(a.v, b.v); }
+  friend uint32_t largest(Bits a) { return _mm512_reduce_max_epu32(a.v); }
   friend Bits if_less(Bits a, Bits b, Bits yes, Bits no) {
     return _mm512_mask_mov_epi32(no.v, _mm512_cmplt_epi32_mask(a.v, b.v), yes.v);
   }

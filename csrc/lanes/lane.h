@@ -28,6 +28,8 @@
 //   Bits(uint32_t), Bits::count_from(first)   first, first + 1, ...
 //   Bits::load(const I*), load(p, n), store(I*), store(p, n)   of integers of 8 or 16 bits; stored: the low ones
 //   add sub mul bit_and bit_or bit_xor, x.left<k>() x.right<k>()   modulo 2^32, shifts by k
+//   min(a, b), max(a, b)                 unsigned
+//   largest(a)                           of its elements
 //   if_less(a, b, x, y)                  a < b ? x : y, as signed integers
 //   if_same(a, b, x, y)                  a == b ? x : y
 //   mul_wide(a, constant, &high, &low)   the product's halves

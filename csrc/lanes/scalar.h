@@ -104,6 +104,17 @@ struct Bits {
   FUSEDOPT_HD Bits right() const {
     return each([&](int k) { return v[k] >> count; });
   }
+  FUSEDOPT_HD friend Bits min(Bits a, Bits b) {
+    return each([&](int k) { return a.v[k] < b.v[k] ? a.v[k] : b.v[k]; });
+  }
+  FUSEDOPT_HD friend Bits max(Bits a, Bits b) {
+    return each([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
+  }
+  FUSEDOPT_HD friend uint32_t largest(Bits a) {
+    uint32_t most = 0;
+    for (int k = 0; k < N; ++k) most = a.v[k] > most ? a.v[k] : most;
+    return most;
+  }
   FUSEDOPT_HD friend Bits if_less(Bits a, Bits b, Bits yes, Bits no) {
     return each(
         [&](int k) { return static_cast<int32_t>(a.v[k]) < static_cast<int32_t>(b.v[k]) ? yes.v[k] : no.v[k]; });

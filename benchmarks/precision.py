@@ -1,0 +1,395 @@
+"""Adam with parameters and state in fewer bits: what it stores, what it moves, and what a step takes.
+
+    python -m benchmarks.cpu --only precision --json precision.json
+    python -m benchmarks.precision precision.json   # the README's table of that
+
+A step of 64M elements is compared with the larger of two bounds, both measured in the same run:
+
+- traffic: the bytes that its streams have, read and written, at the rate of benchmarks/floor.cpp with the streams of
+  float32 Adam. How many bytes is computed, not measured: a stream that a step reads counts once, one that it also
+  writes twice.
+- arithmetic: float32 Adam, two divisions and a square root a lane, on data that stays in the caches. Each thread, all
+  at once, makes steps of a small parameter of its own; of several sizes the fastest counts. Small ones take longer, for
+  the calls are in it, and nothing is subtracted.
+
+"in cache" is the step's own arithmetic, conversions, draws and codes included, measured in the same way; not a bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from fusedopt._config import _C
+
+from . import harness
+from .harness import (
+    FUSED,
+    MI,
+    OURS,
+    Contender,
+    Floor,
+    Quick,
+    Row,
+    Samples,
+    Skipped,
+    Spread,
+    Target,
+    at_least,
+    at_most,
+    fastest,
+    interleave,
+    make_optimizer,
+    ratio_row,
+    seconds,
+)
+
+sys.path.append(str(harness.ROOT / "tests"))
+from reference import assert_same_bits
+
+LARGE, SMALL = [(4096, 4096)] * 4, [(41, 1003)] * 4  # small: just enough for two threads, and no whole blocks of codes
+SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", "int8": "int8"}
+BYTES = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0, "int8": 1 + 4 / 128}  # a scale for 128 codes
+PLAIN, MASTER, SPLIT, STOCHASTIC, KAHAN = "plain", "master", "split", "stochastic", "kahan"
+WAYS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    MASTER: {"master_weights": True},
+    SPLIT: {"master_weights": "split"},
+    STOCHASTIC: {"rounding": "stochastic"},
+    KAHAN: {"rounding": "kahan"},
+}
+
+
+# --- what is stored ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A dtype of parameters, how they are kept, and a `state_dtype`; and what to use it for."""
+
+    param: torch.dtype
+    way: str
+    state_dtype: torch.dtype | str | None
+    use: str
+    grad: torch.dtype | None = None  # None: the parameter's
+    kind: str = OURS
+    quick: bool = False
+
+    @property
+    def grads(self) -> torch.dtype:
+        return self.grad or self.param
+
+    @property
+    def state(self) -> torch.dtype | str:
+        if self.state_dtype is not None:
+            return self.state_dtype
+        return torch.float32 if self.way in (MASTER, SPLIT) else self.param
+
+    @property
+    def state_is_plain(self) -> bool:
+        """Whether it is 16 bits rounded to nearest."""
+        return self.way == PLAIN and self.state_dtype is None and self.param != torch.float32
+
+    @property
+    def name(self) -> str:
+        words = [SHORT[self.param]] + ([self.way] if self.way != PLAIN else [])
+        words += ["/", SHORT[self.state]] + (["nearest"] if self.state_is_plain and self.kind == OURS else [])
+        words += [f"({SHORT[self.grad]} grads)"] if self.grad else []
+        return " ".join([self.kind] * (self.kind != OURS) + words)
+
+    @property
+    def companion(self) -> float:
+        """Bytes of what is kept beside the parameter."""
+        return {MASTER: 4.0, SPLIT: 2.0, KAHAN: BYTES[self.param]}.get(self.way, 0.0)
+
+    @property
+    def updated(self) -> float:
+        """Bytes that a step reads and writes."""
+        return BYTES[self.param] + self.companion + 2 * BYTES[self.state]
+
+    @property
+    def stored(self) -> float:
+        """Bytes of an element's weights, gradient and state."""
+        return self.updated + BYTES[self.grads]
+
+    @property
+    def moved(self) -> float:
+        """Bytes of an element that a step reads and writes."""
+        return 2 * self.updated + BYTES[self.grads]
+
+    @property
+    def speed(self) -> Target | None:
+        """How much faster than float32 Adam a step should be."""
+        if self.kind != OURS:
+            return None
+        if self.param == torch.bfloat16 and self.state == torch.bfloat16 and not self.companion:
+            return at_least(1.4)
+        return at_least(1.2) if self.param == torch.float32 and self.state == "int8" else None
+
+    def make(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> Optimizer:
+        """An optimizer of copies of these, which has made its first step; the gradients are shared if they may be."""
+        params = [Parameter(weight.to(self.param, copy=True)) for weight in weights]
+        for param, grad in zip(params, grads, strict=True):
+            if self.grad is not None:
+                param.grad_dtype = self.grad
+            param.grad = grad
+        options = {**WAYS[self.way], "state_dtype": self.state_dtype} if self.kind == OURS else {}
+        optimizer = make_optimizer(self.kind, params, **options)
+        optimizer.step()
+        return optimizer
+
+
+def combinations() -> Iterator[Combination]:
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    yield Combination(f32, PLAIN, None, "the measure of all others", quick=True)
+    yield Combination(f32, PLAIN, bf16, "weights must stay float32, less state")
+    yield Combination(f32, PLAIN, "int8", "weights must stay float32, least state", quick=True)
+    yield Combination(f32, PLAIN, None, "for comparison", kind=FUSED)
+    lost = "small updates are lost"
+    for param in (bf16, f16):
+        own, state = SHORT[param], {"bf16": "bfloat16", "f16": "float16"}[SHORT[param]]
+        quick = param == bf16
+        yield Combination(param, PLAIN, None, f"torch's bits; {lost}", quick=quick)
+        yield Combination(param, PLAIN, f32, f"exact moments, but {lost}")
+        yield Combination(param, PLAIN, bf16, f"unbiased moments, but {lost}")
+        yield Combination(param, PLAIN, "int8", f"least state, but {lost}")
+        yield Combination(param, PLAIN, None, f"for comparison; {lost}", kind=FUSED, quick=quick)
+        yield Combination(param, MASTER, None, "others want the float32 weights")
+        yield Combination(param, MASTER, bf16, "the same, less state")
+        yield Combination(param, MASTER, "int8", "the same, least state")
+        if param == bf16:  # float16 has no split
+            yield Combination(param, SPLIT, None, "the first choice: float32's bits in less memory", quick=quick)
+            yield Combination(param, SPLIT, bf16, "less state")
+            yield Combination(param, SPLIT, "int8", "least memory with exact weights", quick=quick)
+            yield Combination(param, SPLIT, None, "gradients accumulated in float32", grad=f32)
+        yield Combination(param, STOCHASTIC, f32, "no masters, exact moments")
+        if param == f16:
+            yield Combination(param, STOCHASTIC, None, f"no masters, {state} only")
+        yield Combination(param, STOCHASTIC, bf16, "no masters, less state", quick=quick)
+        yield Combination(param, STOCHASTIC, "int8", "least memory of all", quick=quick)
+        yield Combination(param, KAHAN, f32, "nothing random, exact moments")
+        if param == f16:
+            yield Combination(param, KAHAN, None, f"nothing random in the weights, {own} only")
+        yield Combination(param, KAHAN, bf16, "nothing random in the weights, less state")
+        yield Combination(param, KAHAN, "int8", "nothing random in the weights, least state")
+
+
+COMBINATIONS = list(combinations())
+BASE = COMBINATIONS[0]  # float32 Adam
+
+
+def assert_stored(combination: Combination, optimizer: Optimizer) -> float:
+    """The bytes a parameter that weights, gradients and state have, each storage once; raise unless as computed."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    tensors = [tensor for param in params for tensor in (param, param.grad, *optimizer.state[param].values())]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    stored = sum(storages.values()) / sum(param.numel() for param in params)
+    assert math.isclose(stored, combination.stored, rel_tol=1e-3), (
+        f"{combination.name} stores {stored:.4f} bytes a parameter, expected {combination.stored:.4f}"
+    )
+    return stored
+
+
+# --- correctness ---------------------------------------------------------------------------------------------------
+
+
+def values(shapes: Sequence[tuple[int, int]], seed: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.empty(shape).normal_(generator=g) for shape in shapes]
+
+
+def check(combination: Combination) -> None:
+    """Raise AssertionError unless some steps have the bits of the portable target's, in one thread."""
+    chosen, threads = _C.build_info()["cpu_capability"], torch.get_num_threads()
+    weights, grads = values(SMALL, 0), [grad.to(combination.grads) for grad in values(SMALL, 1)]
+
+    def stepped(capability: str, num_threads: int) -> Optimizer:
+        _C.set_cpu_capability(capability)
+        torch.set_num_threads(num_threads)
+        try:
+            optimizer = combination.make(weights, grads)
+            for _ in range(2):
+                optimizer.step()
+        finally:
+            _C.set_cpu_capability(chosen)
+            torch.set_num_threads(threads)
+        return optimizer
+
+    ours, portable = stepped(chosen, threads), stepped("default", 1)
+    for param, twin in zip(ours.param_groups[0]["params"], portable.param_groups[0]["params"], strict=True):
+        assert_same_bits(param, twin, f"{combination.name}: the parameter")
+        assert list(ours.state[param]) == list(portable.state[twin]), f"{combination.name}: the state's names"
+        for name, value in portable.state[twin].items():
+            assert_same_bits(ours.state[param][name], value, f"{combination.name}: {name}")
+
+
+# --- steps in the caches -------------------------------------------------------------------------------------------
+
+CACHED_SIZES = (MI // 16, MI // 4, MI)  # elements of a thread: for the first cache that is large enough
+CACHED = 4 * MI  # elements that each thread updates in a turn
+
+
+@cache
+def workers() -> ThreadPoolExecutor:
+    """As many as torch has threads, in which it has but one."""
+    return ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+
+
+def cached_steps(combination: Combination, size: int) -> Contender:
+    """All threads at once, each with parameters and state of its own that stay in the caches."""
+    shapes = [(size // 4096, 4096)]
+
+    def make(seed: int) -> Optimizer:
+        return combination.make(values(shapes, seed), [grad.to(combination.grads) for grad in values(shapes, seed + 1)])
+
+    optimizers = [make(seed) for seed in range(torch.get_num_threads())]
+
+    def steps(optimizer: Optimizer) -> None:
+        for _ in range(CACHED // size):
+            optimizer.step()
+
+    return Contender(lambda: list(workers().map(steps, optimizers)))
+
+
+# --- the benchmark -------------------------------------------------------------------------------------------------
+
+AT_ONCE = 5  # combinations that take turns, beside float32 Adam: more might not fit into memory
+TRAFFIC, ARITHMETIC = "traffic", "arithmetic"
+Rates = dict[str, list[float]]
+
+
+def precision(quick: Quick) -> Iterator[Row]:
+    """Adam of 64M elements by parameter dtype, masters or rounding, and state: bytes, bounds, speed."""
+    chosen = [combination for combination in COMBINATIONS if combination.quick or not quick]
+    for combination in chosen:
+        if combination.kind == OURS:
+            check(combination)
+    weights, grads = values(LARGE, 0), values(LARGE, 1)
+    base = BASE.make(weights, grads)
+    others = [combination for combination in chosen if combination != BASE]
+    cached = {f"{ARITHMETIC} {size}": cached_steps(BASE, size) for size in CACHED_SIZES}
+    floors: dict[str, Contender] = {}
+    try:
+        floor = Floor(base.param_groups[0]["params"], base)
+        floors = floor.contenders()
+    except Skipped as skipped:
+        yield Row("traffic floor", note=f"skipped: {skipped}")
+    rates: Rates = {"GB/s": [], "ns": []}
+    for begin in range(0, len(others), AT_ONCE):
+        batch = others[begin : begin + AT_ONCE]
+        yield from compare(([BASE] if begin == 0 else []) + batch, base, weights, grads, floors, cached, rates, quick)
+    if floors:
+        yield Row(f"traffic: the floor's {floor.bytes_per_element} bytes", Spread.of(rates["GB/s"]), "GB/s")
+        yield Row("arithmetic: an element, all threads", Spread.of(rates["ns"]), "ns")
+
+
+def compare(
+    batch: Sequence[Combination],
+    base: Optimizer,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    floors: Mapping[str, Contender],
+    cached: Mapping[str, Contender],
+    rates: Rates,
+    quick: Quick,
+) -> Iterator[Row]:
+    """Some combinations by turns with float32 Adam and both bounds; `rates` gets what the bounds are of."""
+    numel, each = sum(weight.numel() for weight in weights), CACHED * torch.get_num_threads()
+    of_dtype = {torch.float32: grads}
+    contenders = {BASE.name: Contender(base.step), **floors, **cached}
+    stored = {BASE.name: assert_stored(BASE, base)}
+    for combination in batch:
+        name, dtype = combination.name, combination.grads
+        if combination != BASE:
+            if dtype not in of_dtype:
+                of_dtype[dtype] = [grad.to(dtype) for grad in grads]
+            optimizer = combination.make(weights, of_dtype[dtype])
+            stored[name] = assert_stored(combination, optimizer)
+            contenders[name] = Contender(optimizer.step)
+        if combination.kind == OURS:
+            contenders[f"{name} in cache"] = cached_steps(combination, CACHED_SIZES[1])
+    samples = interleave(contenders, rounds=5 if quick else 15)
+    for name in [*cached, *(name for name in samples if name.endswith(" in cache"))]:
+        samples[name] = scaled(samples, name, numel / each)
+    samples[ARITHMETIC] = samples[fastest(samples, list(cached))]
+    rates["ns"] += [value / numel * 1e9 for value in samples[ARITHMETIC].values()]
+    if floors:
+        best = fastest(samples, list(floors))
+        rates["GB/s"] += [BASE.moved * numel / value / 1e9 for value in samples[best].values()]
+    for combination in batch:
+        name = combination.name
+        note = f"computed {combination.stored:.4f}; a step moves {combination.moved:.4g} (computed)"
+        yield Row(f"{name}: bytes", Spread.of([stored[name]]), "B", note=note)
+        if floors:
+            samples[TRAFFIC] = scaled(samples, best, combination.moved / BASE.moved)
+            yield of_bound(combination, samples)
+        if combination != BASE:
+            yield ratio_row(f"{name}: faster than f32", samples, BASE.name, name, combination.speed)
+
+
+def scaled(samples: Samples, name: str, factor: float) -> dict[int, float]:
+    return {round_: value * factor for round_, value in samples[name].items()}
+
+
+def of_bound(combination: Combination, samples: Samples) -> Row:
+    """The row of a step's time over the larger bound, which it names."""
+    name = combination.name
+    binds = max(TRAFFIC, ARITHMETIC, key=lambda bound: seconds(samples, bound).median)
+    target = at_most(1.15) if combination.kind == OURS else None
+    row = ratio_row(f"{name}: of {binds}", samples, name, binds, target)
+    shown = {"step": name, TRAFFIC: TRAFFIC, ARITHMETIC: ARITHMETIC, "in cache": f"{name} in cache"}
+    row.times = {title: seconds(samples, key) for title, key in shown.items() if key in samples}
+    return row
+
+
+BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {"precision": precision}
+
+
+# --- the README's table --------------------------------------------------------------------------------------------
+
+
+def markdown(medians: Mapping[str, float]) -> str:
+    """The table of rows' medians, by their names."""
+    long = {dtype: str(dtype).removeprefix("torch.") for dtype in SHORT}
+    lines = [
+        "| parameters | masters, rounding | state | bytes per parameter | bytes moved per step | time of float32 Adam's "
+        "| when |",
+        "|---|---|---|--:|--:|--:|---|",
+    ]
+    for combination in COMBINATIONS:
+        name = combination.name
+        if f"{name}: bytes" not in medians:
+            continue
+        param, state = long[combination.param], long[combination.state]
+        param += f", {long[combination.grad]} gradients" if combination.grad else ""
+        param += f" ({combination.kind})" if combination.kind != OURS else ""
+        state += ", nearest" if combination.state_is_plain else ""
+        way = "" if combination.way == PLAIN else combination.way
+        time = 1 / medians.get(f"{name}: faster than f32", 1.0)
+        stored, moved = (f"{value:.4g}" for value in (medians[f"{name}: bytes"], combination.moved))
+        lines.append(f"| {param} | {way} | {state} | {stored} | {moved} | {time:.2f} | {combination.use} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description="The README's table.")
+    parser.add_argument("results", type=Path, help="what `python -m benchmarks.cpu --json` has written")
+    rows = json.loads(parser.parse_args().results.read_text())["rows"]
+    print(markdown({row["name"]: row["value"]["median"] for row in rows if row["value"]}))
+
+
+if __name__ == "__main__":
+    main()
