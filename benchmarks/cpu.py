@@ -495,7 +495,7 @@ def run(name: str, quick: Quick) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, and no build: under 90 seconds")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, and no build: two minutes")
     parser.add_argument("--only", action="append", choices=BENCHMARKS, help="this benchmark (may be repeated)")
     parser.add_argument("--json", type=Path, help="where to write the results (default: results/, a full run only)")
     args = parser.parse_args()

@@ -416,6 +416,39 @@ def llama_adagrad(quick: Quick) -> Iterator[Row]:
     yield from model(llama(), torch.float32, quick, "Adagrad")
 
 
+FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "bfloat16, plain": (torch.bfloat16, {}),
+    "bfloat16, masters": (torch.bfloat16, {"master_weights": True}),
+    "bfloat16, split": (torch.bfloat16, {"master_weights": "split"}),
+    "bfloat16, stochastic": (torch.bfloat16, {"rounding": "stochastic"}),
+    "bfloat16, kahan": (torch.bfloat16, {"rounding": "kahan"}),
+    "float32, int8": (torch.float32, {"state_dtype": "int8"}),
+    "bfloat16, split, int8": (torch.bfloat16, {"master_weights": "split", "state_dtype": "int8"}),
+}
+
+
+def forms(quick: Quick) -> Iterator[Row]:
+    """How parameters and state are stored: 64M elements by Adam, of the copy's bandwidth and of float32's time."""
+    copy, timer = Copy(), Timer()
+    contenders, sizes = {COPY: copy.contender()}, {}
+    for name, (dtype, options) in FORMS.items():
+        params = make_parameters([(4096, 4096)] * 4, dtype)
+        optimizer = make_optimizers(params, [OURS], "Adam", **options)[OURS]
+        optimizer.step()
+        tensors = [tensor for state in optimizer.state.values() for key, tensor in state.items() if key != "step"]
+        written = sum(tensor.nbytes for tensor in [*params, *tensors])
+        sizes[name] = 2 * written + sum(param.nbytes for param in params)
+        contenders[name] = Contender(optimizer.step)
+    samples = take_turns(contenders, timer.device, rounds_for(quick))
+    for name, size in sizes.items():
+        rates = copy.rates(samples)
+        samples[FLOOR] = {round_: size / rate for round_, rate in rates.items()}
+        yield from compare(f"{name}: of copy", samples, FLOOR, name, at_least(0.93))
+        yield from compare(f"{name}: of float32's time", samples, name, "float32")
+    yield from timer.waits("")
+
+
 def sparse(quick: Quick) -> Iterator[Row]:
     """Adagrad on an embedding, with coalesced gradients for 4,096 of its 1M rows of 64."""
     torch.sparse.check_sparse_tensor_invariants.disable()  # explicitly: else torch's step warns
@@ -774,6 +807,7 @@ BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {
     "radam": llama_radam,
     "adagrad": llama_adagrad,
     "sparse": sparse,
+    "forms": forms,
     "phase": phase_large,
     "phase-amp": phase_amp,
     "phase-many": phase_many,

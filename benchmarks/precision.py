@@ -8,9 +8,10 @@ A step of 64M elements is compared with the larger of two bounds, both measured 
 - traffic: the bytes that its streams have, read and written, at the rate of benchmarks/floor.cpp with the streams of
   float32 Adam. How many bytes is computed, not measured: a stream that a step reads counts once, one that it also
   writes twice.
-- arithmetic: float32 Adam, two divisions and a square root a lane, on data that stays in the caches. Each thread, all
-  at once, makes steps of a small parameter of its own; of several sizes the fastest counts. Small ones take longer, for
-  the calls are in it, and nothing is subtracted.
+- arithmetic: float32 Adam, two divisions and a square root a lane, on data that stays in the caches. As many processes
+  as there are threads, all at once, make steps of a small parameter of their own, each in one thread. It is the CPU's
+  time, for what else runs on the machine hits short turns harder than long steps, and would flatter those; of three
+  sizes and all rounds the lowest. The calls are in it; nothing is subtracted.
 
 "in cache" is the step's own arithmetic, conversions, draws and codes included, measured in the same way; not a bound.
 """
@@ -21,10 +22,12 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +63,7 @@ from .harness import (
 sys.path.append(str(harness.ROOT / "tests"))
 from reference import assert_same_bits
 
-LARGE, SMALL = [(4096, 4096)] * 4, [(41, 1003)] * 4  # small: just enough for two threads, and no whole blocks of codes
+LARGE, SMALL = [(4096, 4096)] * 4, [(41, 1003)] * 4  # small: enough for two threads, and blocks that are cut short
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", "int8": "int8"}
 BYTES = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0, "int8": 1 + 4 / 128}  # a scale for 128 codes
 PLAIN, MASTER, SPLIT, STOCHASTIC, KAHAN = "plain", "master", "split", "stochastic", "kahan"
@@ -160,7 +163,6 @@ def combinations() -> Iterator[Combination]:
     yield Combination(f32, PLAIN, None, "for comparison", kind=FUSED)
     lost = "small updates are lost"
     for param in (bf16, f16):
-        own, state = SHORT[param], {"bf16": "bfloat16", "f16": "float16"}[SHORT[param]]
         quick = param == bf16
         yield Combination(param, PLAIN, None, f"torch's bits; {lost}", quick=quick)
         yield Combination(param, PLAIN, f32, f"exact moments, but {lost}")
@@ -177,12 +179,12 @@ def combinations() -> Iterator[Combination]:
             yield Combination(param, SPLIT, None, "gradients accumulated in float32", grad=f32)
         yield Combination(param, STOCHASTIC, f32, "no masters, exact moments")
         if param == f16:
-            yield Combination(param, STOCHASTIC, None, f"no masters, {state} only")
+            yield Combination(param, STOCHASTIC, None, "no masters, float16 only")
         yield Combination(param, STOCHASTIC, bf16, "no masters, less state", quick=quick)
         yield Combination(param, STOCHASTIC, "int8", "least memory of all", quick=quick)
         yield Combination(param, KAHAN, f32, "nothing random, exact moments")
         if param == f16:
-            yield Combination(param, KAHAN, None, f"nothing random in the weights, {own} only")
+            yield Combination(param, KAHAN, None, "nothing random in the weights, float16 only")
         yield Combination(param, KAHAN, bf16, "nothing random in the weights, less state")
         yield Combination(param, KAHAN, "int8", "nothing random in the weights, least state")
 
@@ -196,7 +198,7 @@ def assert_stored(combination: Combination, optimizer: Optimizer) -> float:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     tensors = [tensor for param in params for tensor in (param, param.grad, *optimizer.state[param].values())]
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-    stored = sum(storages.values()) / sum(param.numel() for param in params)
+    stored: float = sum(storages.values()) / sum(param.numel() for param in params)
     assert math.isclose(stored, combination.stored, rel_tol=1e-3), (
         f"{combination.name} stores {stored:.4f} bytes a parameter, expected {combination.stored:.4f}"
     )
@@ -238,36 +240,66 @@ def check(combination: Combination) -> None:
 
 # --- steps in the caches -------------------------------------------------------------------------------------------
 
-CACHED_SIZES = (MI // 16, MI // 4, MI)  # elements of a thread: for the first cache that is large enough
-CACHED = 4 * MI  # elements that each thread updates in a turn
+CACHED_SIZES = (MI // 16, MI // 4, MI)  # elements of a process: the small are slowed by calls, the large by the caches
+CACHED = 8 * MI  # elements that each process updates in a turn
 
 
-@cache
-def workers() -> ThreadPoolExecutor:
-    """As many as torch has threads, in which it has but one."""
-    return ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+class Workers:
+    """A process for each thread: threads would wait for one another, for the GIL or at the end of every short step."""
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self._ends: list[Any] = []
+        self._lowest: dict[tuple[Combination, int], float] = {}
+        for _ in range(torch.get_num_threads()):
+            here, there = context.Pipe()
+            context.Process(target=work, args=(there,), daemon=True).start()
+            there.close()
+            self._ends.append(here)
+
+    def steps(self, combination: Combination, size: int) -> Contender:
+        def run() -> None:
+            for end in self._ends:
+                end.send((combination, size))
+            took = max(end.recv() for end in self._ends)
+            self._lowest[combination, size] = min(took, self._lowest.get((combination, size), math.inf))
+
+        return Contender(run)
+
+    def seconds(self, combination: Combination, size: int) -> float:
+        """Of CPU, for an element in each process, in the fastest turn."""
+        return self._lowest[combination, size] / CACHED
+
+    def close(self) -> None:
+        for end in self._ends:
+            end.close()
 
 
-def cached_steps(combination: Combination, size: int) -> Contender:
-    """All threads at once, each with parameters and state of its own that stay in the caches."""
-    shapes = [(size // 4096, 4096)]
-
-    def make(seed: int) -> Optimizer:
-        return combination.make(values(shapes, seed), [grad.to(combination.grads) for grad in values(shapes, seed + 1)])
-
-    optimizers = [make(seed) for seed in range(torch.get_num_threads())]
-
-    def steps(optimizer: Optimizer) -> None:
+def work(connection: Connection) -> None:
+    """Make steps as asked, until nobody asks any more."""
+    torch.set_num_threads(1)
+    make = lru_cache(maxsize=4 * AT_ONCE)(make_cached)
+    while True:
+        try:
+            combination, size = connection.recv()
+        except EOFError:
+            return
+        optimizer = make(combination, size)
+        start = time.process_time()
         for _ in range(CACHED // size):
             optimizer.step()
+        connection.send(time.process_time() - start)
 
-    return Contender(lambda: list(workers().map(steps, optimizers)))
+
+def make_cached(combination: Combination, size: int) -> Optimizer:
+    shapes = [(size // 4096, 4096)]
+    return combination.make(values(shapes, 0), [grad.to(combination.grads) for grad in values(shapes, 1)])
 
 
 # --- the benchmark -------------------------------------------------------------------------------------------------
 
 AT_ONCE = 5  # combinations that take turns, beside float32 Adam: more might not fit into memory
-TRAFFIC, ARITHMETIC = "traffic", "arithmetic"
+BOUNDS = TRAFFIC, ARITHMETIC = "traffic", "arithmetic"
 Rates = dict[str, list[float]]
 
 
@@ -280,7 +312,6 @@ def precision(quick: Quick) -> Iterator[Row]:
     weights, grads = values(LARGE, 0), values(LARGE, 1)
     base = BASE.make(weights, grads)
     others = [combination for combination in chosen if combination != BASE]
-    cached = {f"{ARITHMETIC} {size}": cached_steps(BASE, size) for size in CACHED_SIZES}
     floors: dict[str, Contender] = {}
     try:
         floor = Floor(base.param_groups[0]["params"], base)
@@ -288,9 +319,13 @@ def precision(quick: Quick) -> Iterator[Row]:
     except Skipped as skipped:
         yield Row("traffic floor", note=f"skipped: {skipped}")
     rates: Rates = {"GB/s": [], "ns": []}
-    for begin in range(0, len(others), AT_ONCE):
-        batch = others[begin : begin + AT_ONCE]
-        yield from compare(([BASE] if begin == 0 else []) + batch, base, weights, grads, floors, cached, rates, quick)
+    workers = Workers()
+    try:
+        for begin in range(0, len(others), AT_ONCE):
+            batch = ([BASE] if begin == 0 else []) + others[begin : begin + AT_ONCE]
+            yield from compare(batch, base, weights, grads, floors, workers, rates, quick)
+    finally:
+        workers.close()
     if floors:
         yield Row(f"traffic: the floor's {floor.bytes_per_element} bytes", Spread.of(rates["GB/s"]), "GB/s")
         yield Row("arithmetic: an element, all threads", Spread.of(rates["ns"]), "ns")
@@ -302,14 +337,15 @@ def compare(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     floors: Mapping[str, Contender],
-    cached: Mapping[str, Contender],
+    workers: Workers,
     rates: Rates,
     quick: Quick,
 ) -> Iterator[Row]:
     """Some combinations by turns with float32 Adam and both bounds; `rates` gets what the bounds are of."""
-    numel, each = sum(weight.numel() for weight in weights), CACHED * torch.get_num_threads()
+    numel = sum(weight.numel() for weight in weights)
     of_dtype = {torch.float32: grads}
-    contenders = {BASE.name: Contender(base.step), **floors, **cached}
+    cached = {f"{ARITHMETIC} {size}": workers.steps(BASE, size) for size in CACHED_SIZES}
+    contenders = {BASE.name: Contender(base.step), **floors}
     stored = {BASE.name: assert_stored(BASE, base)}
     for combination in batch:
         name, dtype = combination.name, combination.grads
@@ -320,12 +356,12 @@ def compare(
             stored[name] = assert_stored(combination, optimizer)
             contenders[name] = Contender(optimizer.step)
         if combination.kind == OURS:
-            contenders[f"{name} in cache"] = cached_steps(combination, CACHED_SIZES[1])
-    samples = interleave(contenders, rounds=5 if quick else 15)
-    for name in [*cached, *(name for name in samples if name.endswith(" in cache"))]:
-        samples[name] = scaled(samples, name, numel / each)
-    samples[ARITHMETIC] = samples[fastest(samples, list(cached))]
-    rates["ns"] += [value / numel * 1e9 for value in samples[ARITHMETIC].values()]
+            cached[f"{name} in cache"] = workers.steps(combination, CACHED_SIZES[1])
+    samples = interleave(contenders | cached, rounds=5 if quick else 15)
+    each = numel / torch.get_num_threads()
+    lowest = min(workers.seconds(BASE, size) for size in CACHED_SIZES) * each
+    samples[ARITHMETIC] = dict.fromkeys(samples[BASE.name], lowest)
+    rates["ns"].append(lowest / numel * 1e9)
     if floors:
         best = fastest(samples, list(floors))
         rates["GB/s"] += [BASE.moved * numel / value / 1e9 for value in samples[best].values()]
@@ -335,7 +371,8 @@ def compare(
         yield Row(f"{name}: bytes", Spread.of([stored[name]]), "B", note=note)
         if floors:
             samples[TRAFFIC] = scaled(samples, best, combination.moved / BASE.moved)
-            yield of_bound(combination, samples)
+            in_cache = workers.seconds(combination, CACHED_SIZES[1]) * each if combination.kind == OURS else None
+            yield of_bound(combination, samples, in_cache)
         if combination != BASE:
             yield ratio_row(f"{name}: faster than f32", samples, BASE.name, name, combination.speed)
 
@@ -344,14 +381,15 @@ def scaled(samples: Samples, name: str, factor: float) -> dict[int, float]:
     return {round_: value * factor for round_, value in samples[name].items()}
 
 
-def of_bound(combination: Combination, samples: Samples) -> Row:
+def of_bound(combination: Combination, samples: Samples, in_cache: float | None) -> Row:
     """The row of a step's time over the larger bound, which it names."""
     name = combination.name
-    binds = max(TRAFFIC, ARITHMETIC, key=lambda bound: seconds(samples, bound).median)
+    binds = max(BOUNDS, key=lambda bound: seconds(samples, bound).median)
     target = at_most(1.15) if combination.kind == OURS else None
     row = ratio_row(f"{name}: of {binds}", samples, name, binds, target)
-    shown = {"step": name, TRAFFIC: TRAFFIC, ARITHMETIC: ARITHMETIC, "in cache": f"{name} in cache"}
-    row.times = {title: seconds(samples, key) for title, key in shown.items() if key in samples}
+    row.times = {title: seconds(samples, key) for title, key in (("step", name), *((b, b) for b in BOUNDS))}
+    if in_cache is not None:
+        row.times["in cache"] = Spread.of([in_cache])
     return row
 
 
@@ -365,7 +403,7 @@ def markdown(medians: Mapping[str, float]) -> str:
     """The table of rows' medians, by their names."""
     long = {dtype: str(dtype).removeprefix("torch.") for dtype in SHORT}
     lines = [
-        "| parameters | masters, rounding | state | bytes per parameter | bytes moved per step | time of float32 Adam's "
+        "| parameters | masters, rounding | state | bytes per parameter | bytes moved per step | of float32's time "
         "| when |",
         "|---|---|---|--:|--:|--:|---|",
     ]

@@ -20,43 +20,61 @@ namespace {
 
 // --- draws -----------------------------------------------------------------------------------------------------------
 
-// Philox4x32-10 (Salmon et al. 2011): four words of random bits for each counter of four.
-template <class Bits>
-FUSEDOPT_HD FUSEDOPT_INLINE void philox(Bits* counter, uint32_t key0, uint32_t key1) {
+// Philox4x32-10 (Salmon et al. 2011): four words of random bits for each counter of four. key(round, which) is one of
+// the two keys of a round.
+template <class Bits, class Key>
+FUSEDOPT_HD FUSEDOPT_INLINE void philox(Bits* counter, Key key) {
+#ifdef __CUDACC__
+#pragma unroll
+#else
+#pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     Bits high0, low0, high2, low2;
     mul_wide(counter[0], 0xD2511F53u, &high0, &low0);
     mul_wide(counter[2], 0xCD9E8D57u, &high2, &low2);
-    counter[0] = bit_xor(bit_xor(high2, counter[1]), Bits(key0));
-    counter[2] = bit_xor(bit_xor(high0, counter[3]), Bits(key1));
+    counter[0] = bit_xor(bit_xor(high2, counter[1]), key(round, 0));
+    counter[2] = bit_xor(bit_xor(high0, counter[3]), key(round, 1));
     counter[1] = low2;
     counter[3] = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
   }
 }
+FUSEDOPT_HD FUSEDOPT_INLINE uint32_t round_key(uint64_t seed, int round, int which) {
+  const auto from = static_cast<uint32_t>(seed >> 32 * which), more = static_cast<uint32_t>(round);
+  return from + more * (which == 0 ? 0x9E3779B9u : 0xBB67AE85u);
+}
 
-// Elements whose draws are made at a time, on all targets; they begin at a multiple of it.
+// Draws are made from a multiple of so many elements on: of 8 lanes of any target.
 constexpr int64_t kDraws = 128;
 
 // The draws of a parameter's elements, at a step: 8 of a counter.
-template <class Bits>
-FUSEDOPT_HD FUSEDOPT_INLINE void draw(const Form& form, uint32_t step, int64_t counter, Bits* words) {
+template <class Bits, class Key>
+FUSEDOPT_HD FUSEDOPT_INLINE void draw(const Form& form, uint32_t step, int64_t counter, Bits* words, Key key) {
   words[0] = Bits::count_from(static_cast<uint32_t>(counter));
   words[1] = Bits(static_cast<uint32_t>(counter >> 32));
   words[2] = Bits(step);
   words[3] = Bits(form.position);
-  philox(words, static_cast<uint32_t>(form.seed), static_cast<uint32_t>(form.seed >> 32));
+  philox(words, key);
 }
 
-// Those of elements [begin, end) and perhaps some behind, up to a multiple of kDraws.
-template <class Bits>
-inline void draw_all(const Form& form, uint32_t step, int64_t begin, int64_t end, uint16_t* out) {
-  for (int64_t i = begin; i < end; i += 8 * Bits::kWidth) {
-    Bits words[4];
-    draw(form, step, i / 8, words);
-    store_in_turn(words[0], words[1], words[2], words[3], reinterpret_cast<uint32_t*>(out + (i - begin)));
+// What all draws of a parameter have in common.
+struct Drawing {
+  uint32_t step = 0;
+  uint32_t keys[10][2];
+
+  Drawing(const Form& form, uint32_t at_step) : step(at_step) {
+    for (int round = 0; round < 10; ++round) {
+      for (int which = 0; which < 2; ++which) keys[round][which] = round_key(form.seed, round, which);
+    }
   }
+};
+
+// Those of 8 lanes' elements, from a multiple of kDraws on.
+template <class Bits>
+__attribute__((noinline)) void draw_more(const Form& form, const Drawing& drawing, int64_t element, uint16_t* out) {
+  Bits words[4];
+  draw(form, drawing.step, element / 8, words, [&](int round, int which) { return Bits(drawing.keys[round][which]); });
+  store_in_turn(words[0], words[1], words[2], words[3], reinterpret_cast<uint32_t*>(out));
 }
 
 // A state tensor's own, of the element's: rotated by 8, 4 or 12 bits, so each is uniform, and two are next to

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from optimizers import AWKWARD, DTYPES, ROWS, VARIANTS, Row, generator, gradients, name_of, parameters, split
+from precision import FORMS, Case
 from reference import assert_same_bits, varied_values
 from test_layouts import COMPLEX, GRADS, LAYOUTS
 from torch import Tensor
@@ -619,4 +620,24 @@ def test_our_scaler() -> None:
             scaler.step(optimizer)
             scaler.update()
         assert scalers[0].get_scale() == scalers[1].get_scale()
+        pair.check()
+
+
+# --- forms ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host_counts", "device_counts"])
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
+def test_forms(case: Case, on_device: bool) -> None:
+    """Masters, roundings and states of every kind: the CPU's bits."""
+    shapes = [(3, 300), (129,), (2, CHUNK + 4), (CHUNK + 5,), (40, 256), (7, 33, 5), (0, 128)]
+    for row in VARIANTS:
+        if isinstance(row.kwargs().get("lr"), Tensor):
+            continue
+        values = [ordinary(shape, i, case.dtype) for i, shape in enumerate(shapes)]
+        pair = Pair(row.make, values, **case.form.options(), **(row.on_device() if on_device else {}))
+        for param in (*pair.ours, *pair.theirs):
+            param.grad_dtype = case.grad_dtype
+        for step in range(6):
+            pair.step([ordinary(shape, 100 * step + i, case.grad_dtype) for i, shape in enumerate(shapes)])
         pair.check()

@@ -11,7 +11,10 @@
 namespace fusedopt {
 namespace {
 
-// Some elements of a row, in streams of unit stride: at most kRun, or those of one block of codes; whole lanes.
+// The most elements of a run whose streams lie where they are; kRun if they are copied, or statistics are wanted.
+constexpr int64_t kFormRun = 1024;
+
+// Some elements of a row, in streams of unit stride: whole lanes, and whole blocks of codes.
 struct FormRun {
   // What statistics want to know of them.
   struct Seen {
@@ -20,8 +23,11 @@ struct FormRun {
 
   const Form& form;
   std::byte* data[kNumSlots];
-  float* scales;  // of codes: the block's
-  const uint16_t* draws;
+  float* scales;  // of codes: the blocks'
+  // Draws of the elements from drawn_from on, the first of which is `ahead` before the run's; made as they are needed.
+  uint16_t* draws;  // null if none are
+  int64_t drawn_from, ahead;
+  const Drawing* drawing;
   Ema ema;
   Seen* seen;  // null if they are not wanted
 };
@@ -74,21 +80,26 @@ class LaneMemory {
   int count_[sizeof...(Count) + 1];
 };
 
-// A block's state tensor k, as codes.
+// State tensor k of the blocks, as codes. magnitudes: the largest of each block, NaN above infinity.
 template <class C, class Lane>
-__attribute__((noinline)) void encode(const FormRun& run, const float* values, typename Lane::Bits magnitude, int k,
-                                      int64_t count) {
+__attribute__((noinline)) void encode(const FormRun& run, const float* values, const typename Lane::Bits* magnitudes,
+                                      int k, int64_t count) {
   using Bits = typename Lane::Bits;
-  const BlockScale found = block_scale<C>(bits_to_float(largest(magnitude)));
   auto* const out = reinterpret_cast<uint8_t*>(run.data[kState + k]);
-  run.scales[k] = found.scale;
-  if (found.inverse == 0) {
-    std::memset(out, 0, count);
-    return;
+  for (int64_t begin = 0, b = 0; begin < count; begin += kCodeBlock, ++b) {
+    const int64_t end = begin + kCodeBlock < count ? begin + kCodeBlock : count;
+    const BlockScale found = block_scale<C>(bits_to_float(largest(magnitudes[b])));
+    run.scales[b * run.form.num_states + k] = found.scale;
+    if (found.inverse == 0) {
+      std::memset(out + begin, 0, end - begin);
+      continue;
+    }
+    const Lane inverse(found.inverse);
+    for (int64_t i = begin; i < end; i += Lane::kWidth)
+      C::encode(Lane::load(values + i), inverse,
+                state_draw(Bits::load(static_cast<const uint16_t*>(run.draws) + run.ahead + i), k))
+          .store(out + i);
   }
-  const Lane inverse(found.inverse);
-  for (int64_t i = 0; i < count; i += Lane::kWidth)
-    C::encode(Lane::load(values + i), inverse, state_draw(Bits::load(run.draws + i), k)).store(out + i);
 }
 
 // The rule's part: all that is compiled for each.
@@ -100,59 +111,78 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
   const FormRun run = where;
   const Form form = run.form;
   const bool coded = kNumStates > 0 && form.is_coded();
-  // A block's states as they are updated: what its scale will be is known at its end.
-  alignas(64) float values[kNumStates + 1][kCodeBlock];
-  Lane scale[kNumStates + 1];
-  Bits largest[kNumStates + 1];  // magnitudes: NaN is larger than infinity
-  for (int k = 0; k < kNumStates; ++k) {
-    scale[k] = Lane(coded ? run.scales[k] : 0.0f);
-    largest[k] = Bits(0);
-  }
+  // States of blocks as they are updated: what the scales will be is known when all of a block are.
+  alignas(64) float values[kNumStates + 1][kFormRun];
+  Bits magnitudes[kNumStates + 1][kFormRun / kCodeBlock];
 
-  for (int64_t i = 0; i < count; i += Lane::kWidth) {
-    const LaneMemory<> memory(run, i);
-    Bits draws(0);
-    if (run.draws) draws = Bits::load(run.draws + i);
-    Lane param = load_param<Lane>(form, memory), grad(0.0f);
-    if constexpr (Rule::kReadsGrad) grad = memory.template load<Lane>(kGrad, form.grad);
-    Lane states[kNumStates + 1];
+  // Made among the updates, whose divisions leave the time for it.
+  constexpr int64_t kAtOnce = 8 * Lane::kWidth;
+  int64_t drawn = 0;
+
+  const int64_t block = coded ? kCodeBlock : count;
+  for (int64_t begin = 0, b = 0; begin < count; begin += block, ++b) {
+    const int64_t end = begin + block < count ? begin + block : count;
+    Lane scale[kNumStates + 1];
+    Bits largest[kNumStates + 1];
     for (int k = 0; k < kNumStates; ++k) {
-      if (coded) {
-        const Bits code = memory.template load_codes<Bits>(kState + k);
-        states[k] = Rule::is_signed(k) ? SignedCode::decode(code, scale[k]) : UnsignedCode::decode(code, scale[k]);
-      } else {
-        states[k] = memory.template load<Lane>(kState + k, form.state);
+      scale[k] = Lane(coded ? run.scales[b * kNumStates + k] : 0.0f);
+      largest[k] = Bits(0);
+    }
+    for (int64_t i = begin; i < end; i += Lane::kWidth) {
+      const LaneMemory<> memory(run, i);
+      Bits draws(0);
+      if (run.draws) {
+        for (; drawn < run.ahead + count && drawn < run.ahead + i + 2 * kAtOnce; drawn += kAtOnce)
+          draw_more<Bits>(form, *run.drawing, run.drawn_from + drawn, run.draws + drawn);
+        draws = Bits::load(static_cast<const uint16_t*>(run.draws) + run.ahead + i);
+      }
+      Lane param = load_param<Lane>(form, memory), grad(0.0f);
+      if constexpr (Rule::kReadsGrad) grad = memory.template load<Lane>(kGrad, form.grad);
+      Lane states[kNumStates + 1];
+      for (int k = 0; k < kNumStates; ++k) {
+        if (coded) {
+          const Bits code = memory.template load_codes<Bits>(kState + k);
+          states[k] = Rule::is_signed(k) ? SignedCode::decode(code, scale[k]) : UnsignedCode::decode(code, scale[k]);
+        } else {
+          states[k] = memory.template load<Lane>(kState + k, form.state);
+        }
+      }
+
+      const Lane before = param;
+      const Lane added = Rule::template update<variant>(s, param, grad, states);
+
+      if constexpr (Rule::kWritesParam) store_param(form, param, draws, memory);
+      for (int k = 0; k < kNumStates; ++k) {
+        if (coded) {
+          states[k].store(values[k] + i);
+          largest[k] = max(largest[k], without_sign(bits_of(states[k])));
+        } else if (form.stochastic_state) {
+          store_drawn(form.state, states[k], state_draw(draws, k), kState + k, memory);
+        } else {
+          memory.store(kState + k, form.state, states[k]);
+        }
+      }
+      if (Rule::kHasCompany && run.ema != Ema::kNone) {
+        const Lane now = averaged(form, param, memory);
+        Lane average = now;
+        if (run.ema == Ema::kMove) average = Common::average(s, memory.template load<Lane>(kEmaSlot, form.ema), now);
+        memory.store(kEmaSlot, form.ema, average);
+      }
+      if (run.seen) {
+        before.store(run.seen->before + i);
+        added.store(run.seen->added + i);
       }
     }
-
-    const Lane before = param;
-    const Lane added = Rule::template update<variant>(s, param, grad, states);
-
-    if constexpr (Rule::kWritesParam) store_param(form, param, draws, memory);
-    for (int k = 0; k < kNumStates; ++k) {
-      if (coded) {
-        states[k].store(values[k] + i);
-        largest[k] = max(largest[k], without_sign(bits_of(states[k])));
-      } else if (form.stochastic_state) {
-        store_drawn(form.state, states[k], state_draw(draws, k), kState + k, memory);
-      } else {
-        memory.store(kState + k, form.state, states[k]);
-      }
-    }
-    if (Rule::kHasCompany && run.ema != Ema::kNone) {
-      const Lane now = averaged(form, param, memory);
-      Lane average = now;
-      if (run.ema == Ema::kMove) average = Common::average(s, memory.template load<Lane>(kEmaSlot, form.ema), now);
-      memory.store(kEmaSlot, form.ema, average);
-    }
-    if (run.seen) {
-      before.store(run.seen->before + i);
-      added.store(run.seen->added + i);
-    }
+    for (int k = 0; k < kNumStates && coded; ++k) magnitudes[k][b] = largest[k];
   }
 
-  for (int k = 0; k < kNumStates && coded; ++k)
-    (Rule::is_signed(k) ? encode<SignedCode, Lane> : encode<UnsignedCode, Lane>)(run, values[k], largest[k], k, count);
+  for (int k = 0; k < kNumStates && coded; ++k) {
+    if (Rule::is_signed(k)) {
+      encode<SignedCode, Lane>(run, values[k], magnitudes[k], k, count);
+    } else {
+      encode<UnsignedCode, Lane>(run, values[k], magnitudes[k], k, count);
+    }
+  }
 }
 
 // A piece of such a row: brings its elements, wherever they lie, to update_run. Compiled once for all rules.
@@ -167,8 +197,17 @@ class FormWalk {
         update_(update),
         stats_(stats),
         num_streams_(form_.ema_stream() + (row.beside && row.beside->ema != Ema::kNone)),
-        run_{form_, {}, nullptr, nullptr, row.beside ? row.beside->ema : Ema::kNone, stats ? &seen_ : nullptr} {
-    common_ = *static_cast<const Common::Scalars<float>*>(row.scalars);  // the first base of every rule's
+        common_(*static_cast<const Common::Scalars<float>*>(row.scalars)),  // the first base of every rule's
+        drawing_(form_, common_.step),
+        run_{form_,
+             {},
+             nullptr,
+             nullptr,
+             0,
+             0,
+             &drawing_,
+             row.beside ? row.beside->ema : Ema::kNone,
+             stats ? &seen_ : nullptr} {
     for (int slot = 0; slot < kNumSlots; ++slot) {
       const int k = form_.stream(slot);
       stream_[slot] = k < num_streams_ ? k : -1;
@@ -177,21 +216,19 @@ class FormWalk {
   }
 
   void walk(int64_t begin, int64_t end) {
-    // So many that their long chains of operations overlap.
-    constexpr int64_t kWindow = 8 * kDraws;
-    alignas(64) uint16_t draws[kWindow + kRun];
-    int64_t drawn_from = 0, drawn = 0;
+    alignas(64) uint16_t draws[kFormRun + 3 * kDraws];
+    if (form_.draws()) run_.draws = draws;
+    const bool copies = row_.layout || stats_;
     for (int64_t at = begin; at < end;) {
-      int64_t stop = form_.is_coded() ? form_.block_end(at) : at + kRun < end ? at + kRun : end;
-      if (form_.draws()) {
-        if (stop > drawn) {
-          drawn_from = at - at % kDraws;
-          drawn = end < drawn_from + kWindow ? end : drawn_from + kWindow;
-          if (drawn < stop) drawn = stop;
-          draw_all<typename Lane::Bits>(form_, common_.step, drawn_from, drawn, draws);
-        }
-        run_.draws = draws + (at - drawn_from);
+      const int64_t most = copies ? kRun : kFormRun;
+      int64_t stop = at + most < end ? at + most : end;
+      if (form_.is_coded()) {
+        if (form_.row_numel % kCodeBlock != 0) stop = form_.block_end(at);
+      } else if (!copies && stop - at > Lane::kWidth) {
+        stop -= (stop - at) % Lane::kWidth;  // what is left is copied
       }
+      run_.ahead = at % kDraws;
+      run_.drawn_from = at - run_.ahead;
       if (form_.is_coded()) {
         auto* const scales = reinterpret_cast<float*>(row_.data[form_.scales()]);
         run_.scales = scales + form_.block_of(at) * form_.num_states;
@@ -275,7 +312,8 @@ class FormWalk {
   int num_streams_;
   int stream_[kNumSlots];  // -1: the row has none
   int64_t size_[kNumSlots] = {};
-  Common::Scalars<float> common_;
+  const Common::Scalars<float> common_;
+  const Drawing drawing_;
   FormRun::Seen seen_;
   FormRun run_;
 };

@@ -88,7 +88,8 @@ struct GroupMemory {
 template <int N>
 FUSEDOPT_DEVICE portable::Bits<N> draws_of(const Form& form, uint32_t step, int64_t first) {
   portable::Bits<1> words[4];
-  draw(form, step, first / 8, words);
+  draw(form, step, first / 8, words,
+       [&](int round, int which) { return portable::Bits<1>(round_key(form.seed, round, which)); });
   if (N == 4) {
     const bool behind = first % 8 != 0;
     const uint32_t low = behind ? words[2].v[0] : words[0].v[0], high = behind ? words[3].v[0] : words[1].v[0];
