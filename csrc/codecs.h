@@ -132,8 +132,10 @@ FUSEDOPT_HD FUSEDOPT_INLINE Bits remainder(Lane x) {
 template <class Lane, class Bits = typename Lane::Bits>
 FUSEDOPT_HD FUSEDOPT_INLINE Lane joined(Bits high, Bits remainder) {
   // The remainder is signed: 0xffff is -1.
-  const Bits low = sub(bit_xor(remainder, Bits(0x8000)), Bits(0x8000));
-  return Lane::float_of(add(high.template left<16>(), low));
+  const Bits low = sub(bit_xor(remainder, Bits(0x8000)), Bits(0x8000)), bits = high.template left<16>();
+  // A zero, or an infinity, that was written from outside has nothing to do with the remainder of what was there.
+  const Bits sum = add(bits, low);
+  return Lane::float_of(if_less(Bits(0x7f800000u), without_sign(sum), bits, sum));
 }
 
 // What Kahan's compensation keeps of x beside its stored value: nothing of an infinity.
@@ -262,8 +264,8 @@ struct BlockScale {
 };
 template <class C>
 FUSEDOPT_HD inline BlockScale block_scale(float largest) {
-  const float scale = portable::mul_one(largest, 1 / C::kLargestValue), difference = largest - largest;
-  if (difference != 0) return {difference, 0};
+  const float scale = portable::mul_one(largest, 1 / C::kLargestValue);
+  if (largest - largest != 0) return {bits_to_float(0x7fc00000u), 0};
   if (!(scale >= 0x1p-126f)) return {0, 0};
   return {scale, portable::div_one(1.0f, scale)};
 }

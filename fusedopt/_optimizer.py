@@ -44,8 +44,8 @@ class FusedOptimizer(Optimizer):
             count. Decided without waiting for the device; on CUDA the step counts therefore lie there (default:
             False). :attr:`skipped_steps` counts them.
         ema_decay: keep an exponential moving average of the weights in the state, as "ema", equal to that of
-            :func:`torch.optim.swa_utils.get_ema_multi_avg_fn` (default: None: do not). It has the parameter's dtype: in
-            16 bits a slow one stands still. See :meth:`ema_weights`.
+            :func:`torch.optim.swa_utils.get_ema_multi_avg_fn` (default: None: do not). It has the parameter's dtype (in
+            16 bits a slow one stands still), float32 with `master_weights`. See :meth:`ema_weights`.
         stats: measure each parameter's step (default: False). See :meth:`stats`.
 
         master_weights: of bfloat16 and float16 parameters, keep the values in float32, and write them rounded to the
@@ -383,7 +383,9 @@ class FusedOptimizer(Optimizer):
     def _new_state(self, param: Tensor, name: str, dtype: str | None, others: dict[str, Tensor]) -> Tensor:
         kind: torch.dtype = getattr(torch, dtype) if dtype else param.dtype
         if name in ("ema", "master_param"):  # they begin with what the parameter is
-            return param.detach().to(kind, copy=True, memory_format=torch.preserve_format)
+            full = precision.full_value(param, self.state.get(param, {})) if kind != param.dtype else None
+            begin = param.detach() if full is None else full
+            return begin.to(kind, copy=True, memory_format=torch.preserve_format)
         if name in ("param_remainder", "compensation"):
             return torch.zeros_like(param, dtype=kind, memory_format=torch.preserve_format)
         if name == "scales":
@@ -414,6 +416,7 @@ class FusedOptimizer(Optimizer):
                 param_state.clear()
                 param_state.update(items)
         super().__setstate__(state)
+        precision.unwrap(self)
         if "_stepper" in self.__dict__:
             self._stepper.forget()
         for group in self.param_groups:
@@ -457,7 +460,6 @@ class FusedOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        precision.unwrap(self)
         if cast:
             warnings.warn(
                 f"{type(self).__name__}.load_state_dict: {len(cast)} state tensors were cast to the dtype of their "

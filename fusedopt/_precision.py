@@ -24,10 +24,10 @@ def encode(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     shape = (first.shape[0] if first.dim() else 1, 1, len(values))
     rows, numel = shape[0], first.numel()
     blocks = -(-(numel // rows if rows and numel else 1) // _C.code_block)
-    scales = torch.zeros(rows, blocks, len(values))
+    scales = torch.zeros(rows, blocks, len(values), dtype=torch.float32, device="cpu")
     codes = {}
     for k, (name, value) in enumerate(values.items()):
-        code = torch.zeros(value.shape, dtype=torch.uint8)
+        code = torch.zeros(value.shape, dtype=torch.uint8, device="cpu")
         _C.encode_state(value.detach().float().cpu().contiguous(), name in _SIGNED, k, code, scales)
         codes[name] = code.to(value.device)
     return codes, scales.to(first.device)
@@ -38,27 +38,43 @@ def decode(state: dict[str, Any], name: str) -> Tensor:
     value: Tensor = state[name]
     if value.dtype != torch.uint8:
         return value.float()
+    if "scales" not in state:
+        raise ValueError(f"fusedopt: a state_dict has {name!r} in codes, and lacks their 'scales'")
     scales = state["scales"].cpu().contiguous()
     k = [key for key, tensor in state.items() if isinstance(tensor, Tensor) and tensor.dtype == torch.uint8].index(name)
-    out = torch.empty(value.shape)
+    out = torch.empty(value.shape, dtype=torch.float32, device="cpu")
     _C.decode_state(value.cpu().contiguous(), name in _SIGNED, k, scales, out)
     return out.to(value.device)
 
 
 def full_value(param: Tensor, state: dict[str, Any]) -> Tensor | None:
-    """The float32 value that a parameter stands for; None if that is the parameter."""
+    """The float32 value that a parameter stands for; None if that is the parameter.
+
+    As a step finds it: a master is what counts as long as the parameter is its rounding.
+    """
     param = param.detach()
-    if "master_param" in state:
-        master: Tensor = state["master_param"]
-        return master.clone()
-    if "param_remainder" in state:
+    if isinstance(state.get("master_param"), Tensor):
+        master: Tensor = state["master_param"].float()
+        if param.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        return torch.where(_rounded(master, param.dtype) == param, master, param.float())
+    if "param_remainder" in state and param.dtype == torch.bfloat16:
         high = param.contiguous().view(torch.int16).to(torch.int32) << 16
-        joined: Tensor = high + state["param_remainder"].to(torch.int32)
-        return joined.view(torch.float32)
-    if "compensation" in state:
+        joined: Tensor = (high + state["param_remainder"].to(torch.int32)).view(torch.float32)
+        return torch.where(joined.isnan(), param.float(), joined)
+    if "compensation" in state and state["compensation"].dtype == param.dtype:
         lost: Tensor = state["compensation"]
         return param.float() + lost.float()
     return None
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A master as its parameter has it: bfloat16 with ties away from zero."""
+    if dtype != torch.bfloat16:
+        return value.to(dtype)
+    bits = value.contiguous().view(torch.int32)
+    away = (((bits + 0x8000) >> 16) & 0xFFFF).to(torch.uint16).view(torch.bfloat16)
+    return torch.where(value.isnan(), value.to(dtype), away)
 
 
 def _companion(name: str, dtype: torch.dtype, param: Tensor, value: Tensor) -> Tensor:
@@ -70,9 +86,8 @@ def _companion(name: str, dtype: torch.dtype, param: Tensor, value: Tensor) -> T
         is_nearest = rest.abs() <= (value - value.to(dtype).float()).abs()  # one of two, if it lies between
         return torch.where(is_nearest, rest, torch.zeros_like(rest)).to(dtype)
     bits = value.contiguous().view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    low = (bits - (high << 16)).to(torch.int16)
-    same = high.to(torch.int16) == param.detach().contiguous().view(torch.int16)
+    low = (bits - (((bits + 0x8000) >> 16) << 16)).to(torch.int16)
+    same = _rounded(value, torch.bfloat16) == param.detach()
     return torch.where(same & ~value.isnan(), low, torch.zeros_like(low))
 
 
@@ -86,23 +101,37 @@ def _form(optimizer: FusedOptimizer, param: Tensor, group: dict[str, Any]) -> di
 
 def _convert(param: Tensor, form: dict[str, torch.dtype], state: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state in another form."""
-    wanted = form or {name: param.dtype for name in state if name not in ("step", "scales", *COMPANIONS)}
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return state  # there is but one
+    state = {
+        name: value.to(param.device) if isinstance(value, Tensor) and name != "step" else value
+        for name, value in state.items()
+    }
+    moments = [name for name in state if name not in ("step", "scales", *COMPANIONS)]
+    wanted = form or {name: param.dtype for name in moments if isinstance(state[name], Tensor)}
     value = full_value(param, state)
     if value is None:
         value = param.detach().float()
-    codes = {name: decode(state, name) for name, dtype in wanted.items() if dtype == torch.uint8 and name in state}
-    encoded, scales = encode(codes) if codes else ({}, None)
-    out: dict[str, Any] = {}
-    for name in state:
-        if name in wanted and name not in COMPANIONS and name != "scales":
-            out[name] = encoded[name] if name in encoded else decode(state, name).to(wanted[name])
-        elif name not in COMPANIONS and name != "scales":
-            out[name] = state[name]
-    if scales is not None:
-        out["scales"] = scales
+    coded = [name for name in moments if wanted.get(name) == torch.uint8]
+    out: dict[str, Any] = {"step": state["step"]} if "step" in state else {}
+    for name in moments:
+        tensor = state[name]
+        if name in coded or (name not in wanted and isinstance(tensor, Tensor) and tensor.dtype == torch.uint8):
+            continue  # see below; or of an option that was switched off
+        convert = name in wanted and tensor.dtype != wanted[name]
+        out[name] = decode(state, name).to(wanted[name]) if convert else tensor
+    if coded:
+        are_codes = all(state[name].dtype == torch.uint8 for name in coded) and "scales" in state
+        if are_codes and state["scales"].shape[-1] == len(coded):
+            out.update({name: state[name] for name in (*coded, "scales")})
+        else:
+            encoded, out["scales"] = encode({name: decode(state, name) for name in coded})
+            out.update(encoded)
     for name in COMPANIONS:
         if name in wanted:
-            out[name] = state[name] if name in state else _companion(name, wanted[name], param, value)
+            kept = state.get(name)
+            fits = isinstance(kept, Tensor) and kept.dtype == wanted[name]
+            out[name] = kept if fits else _companion(name, wanted[name], param, value)
     if "ema" in out:  # the last, as in a step
         out["ema"] = out.pop("ema")
     return out
@@ -126,12 +155,13 @@ def portable(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str,
             states[key] = state
             continue
         param, group = params[key]
-        if not _form(optimizer, param, group):
-            states[key] = state
+        form = _form(optimizer, param, group)
+        if not form:
+            states[key] = {name: tensor for name, tensor in state.items() if name not in COMPANIONS}
             continue
-        value = full_value(param, state)
+        value = full_value(param, {name: tensor for name, tensor in state.items() if name in form})
         states[key] = {
-            name: decode(state, name) if isinstance(tensor, Tensor) and name != "step" else tensor
+            name: decode(state, name) if name in form else tensor
             for name, tensor in state.items()
             if name not in COMPANIONS and name != "scales"
         }
@@ -193,10 +223,10 @@ def prepare(
                     for name, value in state.items()
                 }
                 continue
-            strays = [name for name in ("scales", *COMPANIONS[1:]) if name in state]
-            if strays:
-                _fail(cls, live, index, f"has {strays[0]!r}, which its options have no use for")
-            states[key] = state
+            if any(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in state.values()):
+                _fail(cls, live, index, "is in codes, which its options have no use for")
+            # What is left of options that were switched off.
+            state = states[key] = {k: v for k, v in state.items() if k not in COMPANIONS}
             cast += [
                 f"{name!r} of parameter {key} from {value.dtype} to {param.dtype}"
                 for name, value in state.items()
@@ -225,7 +255,7 @@ def _fail(cls: str, group: dict[str, Any], index: int, problem: str) -> None:
 def _check(cls: str, group: dict[str, Any], index: int, form: dict[str, torch.dtype], state: dict[str, Any]) -> None:
     for name, dtype in form.items():
         value = state.get(name)
-        if value is None:
+        if not isinstance(value, Tensor):
             if name != "ema":  # it begins with what the parameter is
                 _fail(cls, group, index, f"lacks {name!r}, which its options need")
         elif value.dtype != dtype:

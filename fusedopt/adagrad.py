@@ -108,6 +108,14 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
                 if any(isinstance(name, tuple) for name in names):
                     (self.state[param],) = self._new_states([(param, names, group)])
 
+    def share_memory(self) -> None:
+        """Move all state into shared memory, as torch's moves the sums."""
+        super().share_memory()
+        for state in self.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.share_memory_()
+
     def _initial_state(self, param: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         value = self.defaults["initial_accumulator_value"]
         fill = complex(value, value) if param.is_complex() else value

@@ -112,7 +112,10 @@ def split(x: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def reconstruct(p: Tensor, remainder: Tensor) -> np.ndarray:
-    return from_bits32((bits16(p) << 16) + remainder.detach().flatten().numpy().astype(np.int64))
+    """A zero or an infinity that has another's remainder, which would make it a NaN, is itself."""
+    high = bits16(p) << 16
+    joined = from_bits32((high + remainder.detach().flatten().numpy().astype(np.int64)) & 0xFFFFFFFF)
+    return np.where(np.isnan(joined), from_bits32(high), joined)
 
 
 # --- 8 bits ----------------------------------------------------------------------------------------------------------

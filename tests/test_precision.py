@@ -663,6 +663,72 @@ def test_changed_from_outside(case: Case, change: str, set_place: SetPlace) -> N
         reference.assert_same(optimizer, f"on {place}")
 
 
+@pytest.mark.parametrize("value", [0.0, -0.0, math.inf, -math.inf])
+def test_a_zero_from_outside_is_a_zero(value: float, capability: str) -> None:
+    """With "split", whatever the remainder is: weights that are pruned, or clamped, are no NaNs."""
+    param = Parameter(torch.randn(1000, generator=generator(3)).bfloat16())
+    optimizer = fusedopt.AdamW([param], master_weights="split")
+    for seed in range(3):
+        param.grad = torch.randn(1000, generator=generator(seed)).bfloat16()
+        optimizer.step()
+    with torch.no_grad():
+        param.fill_(value)
+    assert not optimizer.state_dict(portable=True)["state"][0]["master_param"].isnan().any()
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert not param.isnan().any()
+    assert math.isinf(value) or float(param.detach().abs().max()) < 0.01
+
+
+def test_convert_leaves_other_dtypes_alone() -> None:
+    params = [Parameter(torch.randn(5, 300, dtype=dtype)) for dtype in (torch.float64, torch.complex64)]
+    optimizer = fusedopt.AdamW(params)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(saved), convert=True)
+    for i, param in enumerate(params):
+        for name, value in saved["state"][i].items():
+            assert_same_bits(optimizer.state[param][name], value)
+
+
+def test_codes_under_another_default_dtype() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        param = Parameter(torch.randn(4, 300, dtype=torch.bfloat16))
+        param.grad = torch.randn(4, 300, dtype=torch.bfloat16)
+        optimizer = fusedopt.Adam([param], state_dtype="int8")
+        optimizer.step()
+        assert optimizer.state[param]["scales"].dtype == torch.float32
+        assert optimizer.state_dict(portable=True)["state"][0]["exp_avg"].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_statistics_of_codes_where_a_part_has_no_block() -> None:
+    """The last block reaches behind 2 * 4,096 elements, into a part that an earlier step had left full."""
+    first, second = (Parameter(torch.randn(rows, 200, generator=generator(rows)).bfloat16()) for rows in (164, 41))
+    optimizer = fusedopt.Adam([first, second], state_dtype="int8", stats=True)
+    for with_first in (True, False):
+        first.grad = 100 * torch.ones_like(first) if with_first else None
+        second.grad = torch.ones_like(second)
+        optimizer.step()
+    assert optimizer.stats()["0.1"]["grad_norm"] == pytest.approx(math.sqrt(second.numel()), rel=1e-6)
+
+
+def test_an_average_of_compensated_weights_that_sit_out() -> None:
+    """It is of what is stored, as beside a step."""
+    param, other = (Parameter(torch.randn(300, generator=generator(i)).bfloat16()) for i in range(2))
+    optimizer = fusedopt.Adam([param, other], rounding="kahan", ema_decay=0.0)
+    for step in range(4):
+        param.grad = torch.randn(300, generator=generator(step)).bfloat16() if step < 3 else None
+        other.grad = torch.ones_like(other)
+        optimizer.step()
+        assert_same_bits(optimizer.state[param]["ema"], param.detach())
+
+
 def test_what_a_change_from_outside_does() -> None:
     """A master begins anew with it; the remainder and the compensation are still added."""
     for form, name in (("master_weights", True), ("master_weights", "split"), ("rounding", "kahan")):

@@ -18,7 +18,7 @@ constexpr int64_t kFormRun = 1024;
 struct FormRun {
   // What statistics want to know of them.
   struct Seen {
-    alignas(64) float before[kRun], added[kRun];
+    alignas(64) float grad[kRun], before[kRun], added[kRun];
   };
 
   const Form& form;
@@ -169,6 +169,8 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
         memory.store(kEmaSlot, form.ema, average);
       }
       if (run.seen) {
+        if constexpr (!Rule::kReadsGrad) grad = memory.template load<Lane>(kGrad, form.grad);
+        grad.store(run.seen->grad + i);
         before.store(run.seen->before + i);
         added.store(run.seen->added + i);
       }
@@ -235,6 +237,8 @@ class FormWalk {
       }
       row_.layout || (stop - at) % Lane::kWidth != 0 ? buffered(at, stop) : direct(at, stop);
       if (stats_ && (stop >= end || stop / kPart != at / kPart)) row_.beside->stats[at / kPart] = stats_->end_part();
+      // The last block may reach into a part that no other begins in.
+      if (stats_ && stop == row_.numel && (stop - 1) / kPart != at / kPart) row_.beside->stats[(stop - 1) / kPart] = {};
       at = stop;
     }
   }
@@ -291,8 +295,8 @@ class FormWalk {
     as_computed.flags &= Common::kUnscale;
     const FormRun& run = run_;
     const auto grad_at = [&](int64_t i, auto... n) {
-      const LaneMemory<decltype(n)...> memory(run, i, n...);
-      return Common::value(as_computed, memory.template load<Lane>(kGrad, run.form.grad));
+      const float* grad = seen_.grad + i;
+      return Common::value(as_computed, Lane::load(grad, n...));
     };
     const auto param_at = [&](int64_t i, auto... n) {
       return load_param<Lane>(run.form, LaneMemory<decltype(n)...>(run, i, n...));

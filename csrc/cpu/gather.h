@@ -9,9 +9,19 @@
 namespace fusedopt {
 namespace {
 
+template <int64_t size>
+inline void copy_each(std::byte* to, int64_t to_stride, const std::byte* from, int64_t from_stride, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, size);
+}
 inline void copy(std::byte* to, int64_t to_stride, const std::byte* from, int64_t from_stride, int64_t count,
                  int64_t size) {
-  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, size);
+  if (to_stride == size && from_stride == size) return void(std::memcpy(to, from, count * size));
+  switch (size) {
+    case 1: return copy_each<1>(to, to_stride, from, from_stride, count);
+    case 2: return copy_each<2>(to, to_stride, from, from_stride, count);
+    case 4: return copy_each<4>(to, to_stride, from, from_stride, count);
+    default: return copy_each<8>(to, to_stride, from, from_stride, count);
+  }
 }
 
 // Where the first `count` streams have an element, counted in the order of their layout.

@@ -338,6 +338,7 @@ static Form average_form(Form form) {
   form.state = form.ema;
   form.num_states = 1;
   form.stochastic_param = form.stochastic_state = false;
+  if (form.companion == Companion::kCompensation) form.companion = Companion::kNone;  // of what is stored
   return form;
 }
 
@@ -459,7 +460,11 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
         fail(who, what,
              "has shape " + got.shape_string() + ", not the (" + std::to_string(wanted[0]) + ", " +
                  std::to_string(wanted[1]) + ", " + std::to_string(wanted[2]) + "), contiguous, of its blocks");
-      streams.view[kState + k].ndim = 0;
+      // Found by the block, not by strides: those of the parameter are in nobody's way.
+      TensorView& scales = streams.view[kState + k];
+      scales.ndim = param.ndim;
+      scales.shape = param.shape;
+      scales.strides = param.strides;
     } else {
       must_match(kState + k, what);
       if (got.dtype == DType::kCode && !got.is_contiguous()) fail(who, what, "must be contiguous");
@@ -540,7 +545,7 @@ void Stepper::plan_average(size_t n, const Streams& all, int ema, const Form* fo
   average.form.reset();
   if (form) {
     average.form = std::make_unique<Form>(average_form(*form));
-    if (form->companion != Companion::kNone) streams.view[streams.count++] = all.view[form->companion_stream()];
+    if (average.form->companion != Companion::kNone) streams.view[streams.count++] = all.view[form->companion_stream()];
   }
   average.row = {};
   average.layout = plan_row(streams, &average.row);
@@ -688,7 +693,11 @@ py::list Stepper::state_names(py::handle param, py::dict group) {
   Form form;
   if (!read_tensor(param.ptr(), &view, &why)) throw std::runtime_error(optimizer_ + ": a parameter " + why);
   const Precision precision = precision_.read(group.ptr(), optimizer_ + ": ");
-  if (!find_form(precision, view, view.dtype, rule_->num_states(variant), 0, &form)) form.num_states = 0;
+  try {
+    if (!find_form(precision, view, view.dtype, rule_->num_states(variant), 0, &form)) form.num_states = 0;
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(optimizer_ + ": a parameter of shape " + view.shape_string() + " " + error.what());
+  }
   return names_of(form, variant, true, group.contains("ema_decay") && !group["ema_decay"].is_none());
 }
 

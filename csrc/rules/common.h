@@ -19,7 +19,9 @@ struct Context {
 };
 
 // A step count as draws know it.
-FUSEDOPT_HD inline uint32_t step_of_draws(double step) { return static_cast<uint32_t>(static_cast<int64_t>(step)); }
+FUSEDOPT_HD inline uint32_t step_of_draws(double step) {
+  return step >= 0 && step < 0x1p62 ? static_cast<uint32_t>(static_cast<int64_t>(step)) : 0;
+}
 
 struct Common {
   enum Flag : uint32_t {
