@@ -55,12 +55,17 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q --no-deps -e .
 	touch $@
 
+# What an extra needs, by name: to install '.[test]' would build the package again.
+extra = $(BIN)/python -c 'import sys; from importlib.metadata import requires; \
+	print(*(r.split(";")[0] for r in requires("fusedopt") if "\"%s\"" % sys.argv[1] in r), sep="\n")' $(1) \
+	| $(BIN)/python -m pip install -q -r /dev/stdin
+
 $(VENV)/.test: $(VENV)/.built
-	$(BIN)/python -m pip install -q -e '.[test]'
+	$(call extra,test)
 	touch $@
 
 $(VENV)/.examples: $(VENV)/.built
-	$(BIN)/python -m pip install -q -e '.[examples]'
+	$(call extra,examples)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch
