@@ -5,6 +5,7 @@ a form decides only how their operands are read and how their results are writte
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,13 +20,13 @@ UINT32 = 0xFFFFFFFF
 # --- draws -----------------------------------------------------------------------------------------------------------
 
 
-def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al. 2011): counters (..., 4) and keys (..., 2) of 32 bits to random words (..., 4)."""
+def philox4x32(counter: np.ndarray, key: np.ndarray, rounds: int = 7) -> np.ndarray:
+    """Philox4x32 (Salmon et al. 2011): counters (..., 4) and keys (..., 2) of 32 bits to random words (..., 4)."""
     counter, key = (np.asarray(words, dtype=np.uint64) for words in (counter, key))
     c0, c1, c2, c3 = np.moveaxis(counter, -1, 0)
     k0, k1 = np.moveaxis(key, -1, 0)
     mask, half = np.uint64(UINT32), np.uint64(32)
-    for _ in range(10):
+    for _ in range(rounds):
         first, second = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
         c0, c1, c2, c3 = (second >> half) ^ c1 ^ k0, second & mask, (first >> half) ^ c3 ^ k1, first & mask
         k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
@@ -34,22 +35,25 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2048)
 def draws(numel: int, seed: int, position: int, step: int) -> np.ndarray:
-    """The draws (0 to 65,535, as int64) of a parameter's elements in row-major order."""
-    eights = np.arange(-(-numel // 8), dtype=np.uint64)
-    counter = np.empty((len(eights), 4), dtype=np.uint64)
-    counter[:, 0], counter[:, 1] = eights & np.uint64(UINT32), eights >> np.uint64(32)
+    """The draws (0 to 65,535, as int64) of a parameter's elements in row-major order, and of three state tensors':
+    shape (4, numel)."""
+    groups = -(-numel // 256)
+    counters = np.arange(16 * groups, dtype=np.uint64)
+    counter = np.empty((len(counters), 4), dtype=np.uint64)
+    counter[:, 0], counter[:, 1] = counters & np.uint64(UINT32), counters >> np.uint64(32)
     counter[:, 2], counter[:, 3] = step & UINT32, position
     words = philox4x32(counter, np.array([seed & UINT32, seed >> 32], dtype=np.uint64))
-    halves = np.stack([words & 0xFFFF, words >> 16], axis=-1)  # low, then high
-    r = halves.reshape(-1)[:numel].astype(np.int64)
+    eights = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(-1, 8).astype(np.int64)  # low, then high
+    r = np.empty((4, groups, 2, 128), dtype=np.int64)
+    for tensor, half in itertools.product(range(4), range(2)):
+        total = eights
+        for bit in range(3):
+            if (2 * tensor + half) >> bit & 1:
+                total = total ^ np.roll(eights, -(bit + 1), axis=1)
+        r[tensor, :, half] = total.reshape(groups, 128)
+    r = r.reshape(4, -1)[:, :numel]
     r.flags.writeable = False  # it is cached
     return r
-
-
-def stream_draws(r: np.ndarray, k: int) -> np.ndarray:
-    """Those of the k-th state tensor."""
-    left = (8, 4, 12)[k]
-    return (r << left | r >> (16 - left)) % 2**16
 
 
 # --- 16 bits ---------------------------------------------------------------------------------------------------------
@@ -91,16 +95,16 @@ def round_away(x: np.ndarray) -> Tensor:
 
 
 def round_stochastic(x: np.ndarray, dtype: torch.dtype, r: np.ndarray) -> Tensor:
-    """To bfloat16 or float16: up with the probability of the part cut off, as far as 16 bits of draw tell."""
+    """To bfloat16 or float16: up with the probability of the part cut off, as far as 16 or 13 bits of draw tell."""
     nearest, b = bits16(round_nearest(x, dtype)), bits32(x)
     if dtype == torch.bfloat16:
         return from_bits16(np.where(np.isfinite(x), (b + r) >> 16, nearest), dtype)
     sign, a = (b >> 16) & 0x8000, b & 0x7FFFFFFF
-    normal = np.minimum((a + (r >> 3) - 0x38000000) >> 13, 0x7C00)
-    tiny = a < bits32(np.float32(2**-14))
+    smallest = np.float32(2**-14)  # normal: what is below is rounded as what is above
     with np.errstate(all="ignore"):
-        steps = np.where(tiny, np.abs(x) * np.float32(2**40), np.float32(0)).astype(np.int64)  # cut off
-    h = np.where(tiny, (steps + r) >> 16, normal)
+        above = bits32(np.abs(x) + smallest) - (1 << 23)
+    z = np.where(a < bits32(smallest), above, a)
+    h = np.minimum((z + (r >> 3) - 0x38000000) >> 13, 0x7C00)
     return from_bits16(np.where(a < bits32(np.float32(65536)), sign | h, nearest), dtype)
 
 
@@ -154,14 +158,14 @@ class Code:
         with np.errstate(all="ignore"):
             scale = (amax * np.float32(1 / float(self.largest))).astype(np.float32)
             return np.where(
-                np.isfinite(amax), np.where(scale >= np.float32(2**-126), scale, np.float32(0)), np.nan
+                np.isfinite(amax), np.where(scale >= np.float32(2**-112), scale, np.float32(0)), np.nan
             ).astype(np.float32)
 
     def encode(self, x: np.ndarray, scale: np.ndarray, r: np.ndarray) -> np.ndarray:
         """With the scale and draw of each element. In a block whose scale is 0 or nan all codes are 0."""
         m, bias = self.mantissa_bits, self.bias
         with np.errstate(all="ignore"):
-            inv = np.where(scale >= np.float32(2**-126), np.float32(1) / scale, np.float32(0)).astype(np.float32)
+            inv = np.where(scale >= np.float32(2**-112), np.float32(1) / scale, np.float32(0)).astype(np.float32)
             y = (np.abs(x) * inv).astype(np.float32)
             smallest = np.float32(2.0 ** (1 - bias))
             above = (y + smallest).astype(np.float32)
@@ -353,7 +357,7 @@ class FormTranscription:
         state: State = {}
         scales = []
         for k, name in enumerate(self.formula.names):
-            shape, values, r_k = moments[name].shape, floats(moments[name]), stream_draws(r, k)
+            shape, values, r_k = moments[name].shape, floats(moments[name]), r[1 + k]
             if stored == torch.uint8:
                 codes, block_scales = encode_blocks(values, tuple(shape), BLOCK, code_of(name), r_k)
                 state[name] = torch.from_numpy(codes).view(shape)
@@ -382,7 +386,7 @@ class FormTranscription:
         x = torch.from_numpy(self.value(param, state)).view(param.shape)
         new, moments = self.formula.step(x, grad, self.moments(state), count, inv_scale, clip)
         r = draws(param.numel(), self.form.seed, position, count)
-        p, companion = self.store(floats(new), param.dtype, r)
+        p, companion = self.store(floats(new), param.dtype, r[0])
         after = self.store_moments(moments, self.form.stored_state(param), r)
         after.update({name: value.view(param.shape) for name, value in companion.items()})
         return p.view(param.shape), after

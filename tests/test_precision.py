@@ -47,7 +47,6 @@ from precision import (
     round_nearest,
     round_stochastic,
     split,
-    stream_draws,
 )
 from reference import State, assert_same_bits, varied_values
 from torch import Tensor
@@ -794,7 +793,7 @@ def test_stochastic_rounding_is_unbiased(dtype: torch.dtype) -> None:
         error = (stored - x.double()) / width
         total += error.sum().item()
         variance += (up * (1 - up)).sum().item()
-        related[:4] += [float((error[lag:] * error[:-lag]).sum()) for lag in (1, 2, 7, 8)]
+        related[:4] += [float((error[lag:] * error[:-lag]).sum()) for lag in (1, 8, 127, 128)]
         if before is not None:
             related[4] += float((error * before).sum())
         before = error
@@ -827,10 +826,7 @@ def test_draws_depend_on_seed_step_and_position() -> None:
 
 
 def test_the_streams_of_a_parameter_have_other_draws() -> None:
-    """exp_avg and exp_avg_sq of one element are next to never rounded up together, nor with the parameter.
-
-    Their draws are one, rotated by 8 and by 4 bits: correlated by 1/16 at most, the share of the bits that meet.
-    """
+    """exp_avg and exp_avg_sq of one element are rounded up independently, also of the parameter."""
     numel = 200_000
     param = Parameter(torch.zeros(numel, dtype=torch.bfloat16))
     param.grad = torch.full((numel,), 0.3, dtype=torch.bfloat16)
@@ -844,7 +840,7 @@ def test_the_streams_of_a_parameter_have_other_draws() -> None:
         ups.append((values == values.max()).double())
     for first, second in itertools.combinations(ups, 2):
         correlation = float(torch.corrcoef(torch.stack([first, second]))[0, 1])
-        assert abs(correlation) < 1 / 16 + 4 / math.sqrt(numel)
+        assert abs(correlation) < 4 / math.sqrt(numel)
 
 
 REMEDIES: dict[str, dict[str, Any]] = {
@@ -1258,13 +1254,15 @@ def test_convert(source: str, to: str, portable: bool) -> None:
                 assert_same_bits(found[name], value.to(stored).float(), name)
         before, after = value_of(old, p), value_of(new, q)
         companion = loader.form.companion(q.dtype)
+        # Kahan's ties were rounded to even: as a master or its remainder, such a value has another parameter.
+        fits = torch.from_numpy(bits16(round_away(before.numpy())) == bits16(p))
+        assert fits.double().mean() > 0.9
         if companion == "compensation":
+            kept = fits | torch.tensor(not portable)
             left = before - floats_of(p)
-            assert_same_bits(new.state[q][companion].flatten() + 0, left.to(q.dtype) + 0)  # either zero
+            assert_same_bits(new.state[q][companion].flatten()[kept] + 0, left[kept].to(q.dtype) + 0)  # either zero
         elif companion == "param_remainder":
-            fits = torch.from_numpy(bits16(round_away(before.numpy())) == bits16(p))  # all but ties of Kahan's
             assert_same_bits(after[fits], before[fits])
-            assert fits.double().mean() > 0.9
         elif companion == "master_param":
             assert_same_bits(after, before)
     run_some(new, which, 3, 5)
@@ -1482,35 +1480,63 @@ def test_measuring_changes_no_bit(case: Case, capability: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("counter", "key", "expected"),
+    ("counter", "key", "seven", "ten"),
     [
-        ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            "00000000 " * 4,
+            "00000000 " * 2,
+            "5f6fb709 0d893f64 4f121f81 4f730a48",
+            "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        ),
+        (
+            "ffffffff " * 4,
+            "ffffffff " * 2,
+            "5207ddc2 45165e59 4d8ee751 8c52f662",
+            "408f276d 41c83b0e a20bc7c6 6d5451fd",
+        ),
         (
             "243f6a88 85a308d3 13198a2e 03707344",
             "a4093822 299f31d0",
+            "4dfccaba 190a87f0 c47362ba b6b5242a",
             "d16cfe09 94fdcceb 5001e420 24126ea1",
         ),
     ],
 )
-def test_philox_known_answers(counter: str, key: str, expected: str) -> None:
-    """Random123's."""
+def test_philox_known_answers(counter: str, key: str, seven: str, ten: str) -> None:
+    """Random123's, of 7 rounds and of 10."""
     words = [np.array([int(word, 16) for word in text.split()], dtype=np.uint64) for text in (counter, key)]
-    assert [f"{int(word):08x}" for word in philox4x32(*words)] == expected.split()
+    assert [f"{int(word):08x}" for word in philox4x32(*words)] == seven.split()
+    assert [f"{int(word):08x}" for word in philox4x32(*words, rounds=10)] == ten.split()
 
 
 def test_draws() -> None:
     """An element at a time, from the words that are its own."""
     seed, position, step = 0x0123456789ABCDEF, 5, 12
     r = draws(1003, seed, position, step)
-    assert r.shape == (1003,) and r.min() >= 0 and r.max() < 2**16
+    assert r.shape == (4, 1003) and r.min() >= 0 and r.max() < 2**16
     key = np.array([seed & 0xFFFFFFFF, seed >> 32])
-    for i in (0, 1, 2, 7, 8, 9, 500, 1001, 1002):
-        word = int(philox4x32(np.array([i // 8, 0, step, position]), key)[i % 8 // 2])
-        assert r[i] == (word >> 16 if i % 2 else word & 0xFFFF)
-    for k in range(3):
-        assert sorted(stream_draws(np.arange(2**16), k)) == list(range(2**16))  # each is as likely
-    assert [int(stream_draws(np.array([0x1234]), k)[0]) for k in range(3)] == [0x3412, 0x2341, 0x4123]
+    for i in (0, 1, 2, 7, 8, 127, 128, 255, 256, 500, 1002):
+        words = philox4x32(np.array([i // 256 * 16 + i % 128 // 8, 0, step, position]), key)
+        u = [int(word) >> 16 * half & 0xFFFF for word in words for half in range(2)]
+        j, behind = i % 8, i % 256 >= 128
+        one, two, three = u[(j + 1) % 8], u[(j + 2) % 8], u[(j + 3) % 8]
+        assert r[0, i] == u[j] ^ (one if behind else 0)
+        assert r[1, i] == u[j] ^ (one ^ two if behind else two)
+        assert r[2, i] == u[j] ^ (one ^ three if behind else three)
+        assert r[3, i] == u[j] ^ (one ^ two ^ three if behind else two ^ three)
+
+
+def test_draws_of_a_counter_are_sums_of_different_ones() -> None:
+    """As sums modulo 2 they are pairwise independent if no two are of the same eighths."""
+    bits = np.array([[1 << j for j in range(8)]])
+    sums = set()
+    for which in range(8):
+        total = bits[0].copy()
+        for bit in range(3):
+            if which >> bit & 1:
+                total ^= np.roll(bits[0], -(bit + 1))
+        sums |= {int(value) for value in total}
+    assert len(sums) == 64 and 0 not in sums
 
 
 def test_reference_split() -> None:
@@ -1548,8 +1574,8 @@ def test_reference_rounding_is_unbiased(dtype: torch.dtype) -> None:
         below, above = steps_around(torch.from_numpy(x[:1]), dtype)
         assert bool(((found == below) | (found == above)).all()), value
         width = float(above - below)
-        # bfloat16 cuts off 16 bits, float16 13 of normal values; what it cuts off of others is below 2^-40.
-        assert abs(float(found.mean()) - float(x[0])) <= (2.0**-40 if dtype == torch.float16 else 0) + width * 1e-12
+        # bfloat16 cuts off 16 bits, float16 13 of normal values; others were rounded as what is above one of them.
+        assert abs(float(found.mean()) - float(x[0])) <= (2.0**-38 if dtype == torch.float16 else 0) + width * 1e-12
         assert bool((stored.view(torch.int16) < 0).all()) == np.signbit(x[0])
 
 

@@ -1,5 +1,5 @@
 // Rows whose streams are stored in forms of their own (form.h): included by step.h. What a stream is is found out as it
-// is read, by branches that the processor foresees, so that one instantiation of a rule serves all forms.
+// is read, by branches that the processor foresees, so that three instantiations of a rule serve all forms.
 #pragma once
 
 #include <cstring>
@@ -11,8 +11,33 @@
 namespace fusedopt {
 namespace {
 
+// What the state is: of these each has its instantiations.
+enum class States { kFloat32, kHalf, kCoded };
+
 // The most elements of a run whose streams lie where they are; kRun if they are copied, or statistics are wanted.
-constexpr int64_t kFormRun = 1024;
+constexpr int64_t kFormRun = 2048;
+
+// Draws of a run, and of elements around it that were made with them: for the parameter and each state tensor.
+struct Draws {
+  alignas(64) uint16_t of[1 + kMaxStates][kFormRun + 3 * kDrawGroup];
+};
+
+// What all draws of a parameter have in common.
+struct Drawing {
+  const Form& form;
+  uint32_t step;
+  int num_tensors;
+  uint32_t keys[kRounds][2];
+
+  Drawing(const Form& drawn_form, uint32_t at_step)
+      : form(drawn_form),
+        step(at_step),
+        num_tensors(form.stochastic_state || form.is_coded() ? 1 + form.num_states : 1) {
+    for (int round = 0; round < kRounds; ++round) {
+      for (int which = 0; which < 2; ++which) keys[round][which] = round_key(form.seed, round, which);
+    }
+  }
+};
 
 // Some elements of a row, in streams of unit stride: whole lanes, and whole blocks of codes.
 struct FormRun {
@@ -23,13 +48,74 @@ struct FormRun {
 
   const Form& form;
   std::byte* data[kNumSlots];
-  float* scales;  // of codes: the blocks'
-  // Draws of the elements from drawn_from on, the first of which is `ahead` before the run's; made as they are needed.
-  uint16_t* draws;  // null if none are
+  int64_t size[kNumSlots];  // of an element
+  int64_t left;             // elements that lie in a row, the run's and those behind it
+  float* scales;            // of codes: the blocks'
+  // Of the elements from drawn_from on, the first of which is `ahead` before the run's; made as they are needed.
+  Draws* draws;  // null if none are
   int64_t drawn_from, ahead;
   const Drawing* drawing;
   Ema ema;
   Seen* seen;  // null if they are not wanted
+};
+
+// Makes draws, of a lane's counters at once: in 8 steps, beside every other of the 16 lanes that use as many. Their
+// divisions leave the time for it.
+template <class Bits>
+class Drawer {
+ public:
+  static_assert(kRounds + 1 == 8 && kDrawGroup % (16 * Bits::kWidth) == 0, "");
+
+  // `element`: a multiple of kDrawGroup.
+  __attribute__((always_inline)) Drawer(const Drawing& drawing, int64_t element, Draws* draws)
+      : drawing_(drawing), first_(counter_of(element)), draws_(draws) {
+    begin();
+  }
+
+  // Those of whole groups.
+  int64_t made() const { return done_ / (kDrawGroup / 16) * kDrawGroup; }
+  void make_until(int64_t wanted) {
+    while (made() < wanted) make_some();
+  }
+  __attribute__((always_inline)) void make_some() {
+    if (FUSEDOPT_MOSTLY(round_ < kRounds)) {
+      philox_round(words_, drawing_.keys[round_][0], drawing_.keys[round_][1]);
+      ++round_;
+      return;
+    }
+    finish();
+    done_ += Bits::kWidth;
+    begin();
+  }
+
+ private:
+  __attribute__((always_inline)) void begin() {
+    set_counters(drawing_.form, drawing_.step, first_ + done_, words_);
+    round_ = 0;
+  }
+  __attribute__((always_inline)) void finish() {
+    constexpr int kWords = 4 * Bits::kWidth;
+    alignas(64) uint32_t words[kWords];
+    store_in_turn(words_[0], words_[1], words_[2], words_[3], words);
+    const int64_t at = done_ / (kDrawGroup / 16) * kDrawGroup + done_ % (kDrawGroup / 16) * 8;
+    for (int i = 0; i < kWords; i += Bits::kWidth) {
+      const Bits of_counters = Bits::load(static_cast<const uint32_t*>(words + i));
+#pragma GCC unroll 4
+      for (int tensor = 0; tensor <= kMaxStates; ++tensor) {
+        if (tensor == drawing_.num_tensors) break;
+        uint16_t* const to = draws_->of[tensor] + at + 2 * i;
+        summed(of_counters, sum_of(tensor, 0)).store(reinterpret_cast<uint32_t*>(to));
+        summed(of_counters, sum_of(tensor, kDrawGroup / 2)).store(reinterpret_cast<uint32_t*>(to + kDrawGroup / 2));
+      }
+    }
+  }
+
+  const Drawing& drawing_;
+  const int64_t first_;
+  int64_t done_ = 0;  // counters
+  Draws* draws_;
+  int round_;
+  Bits words_[4];
 };
 
 // A lane's elements of all slots, from the i-th of a run on: for codecs.h. `Count` is empty, or the elements left.
@@ -46,8 +132,14 @@ class LaneMemory {
     return load_as<Lane, Half>(slot);
   }
   template <class Bits>
-  __attribute__((always_inline)) Bits load_words(int slot) const {
-    return load_as<Bits, uint16_t>(slot);
+  __attribute__((always_inline)) Bits load_upper(int slot) const {
+    if constexpr (sizeof...(Count) > 0)
+      return Bits::load_upper(static_cast<const uint16_t*>(at<uint16_t>(slot)), count_[0]);
+    return Bits::load_upper(static_cast<const uint16_t*>(at<uint16_t>(slot)));
+  }
+  template <class Bits>
+  __attribute__((always_inline)) Bits load_signed(int slot) const {
+    return load_as<Bits, int16_t>(slot);
   }
   template <class Bits>
   __attribute__((always_inline)) Bits load_codes(int slot) const {
@@ -60,7 +152,11 @@ class LaneMemory {
     x.store(at<Half>(slot));
   }
   template <class Bits>
-  __attribute__((always_inline)) void store_words(int slot, Bits bits) const {
+  __attribute__((always_inline)) void store_upper(int slot, Bits bits) const {
+    bits.store_upper(at<uint16_t>(slot));
+  }
+  template <class Bits>
+  __attribute__((always_inline)) void store_lower(int slot, Bits bits) const {
     bits.store(at<uint16_t>(slot));
   }
 
@@ -80,69 +176,71 @@ class LaneMemory {
   int count_[sizeof...(Count) + 1];
 };
 
-// State tensor k of the blocks, as codes. magnitudes: the largest of each block, NaN above infinity.
-template <class C, class Lane>
-__attribute__((noinline)) void encode(const FormRun& run, const float* values, const typename Lane::Bits* magnitudes,
-                                      int k, int64_t count) {
-  using Bits = typename Lane::Bits;
-  auto* const out = reinterpret_cast<uint8_t*>(run.data[kState + k]);
-  for (int64_t begin = 0, b = 0; begin < count; begin += kCodeBlock, ++b) {
-    const int64_t end = begin + kCodeBlock < count ? begin + kCodeBlock : count;
-    const BlockScale found = block_scale<C>(bits_to_float(largest(magnitudes[b])));
-    run.scales[b * run.form.num_states + k] = found.scale;
-    if (found.inverse == 0) {
-      std::memset(out + begin, 0, end - begin);
-      continue;
-    }
-    const Lane inverse(found.inverse);
-    for (int64_t i = begin; i < end; i += Lane::kWidth)
-      C::encode(Lane::load(values + i), inverse,
-                state_draw(Bits::load(static_cast<const uint16_t*>(run.draws) + run.ahead + i), k))
-          .store(out + i);
-  }
-}
-
 // The rule's part: all that is compiled for each.
-template <class Rule, int variant, class Lane>
+// is_bfloat16: all that has 16 bits is known to be; most often it is, and branches are saved.
+template <class Rule, int variant, class Lane, States kind, bool is_bfloat16>
 void update_run(const void* scalars, const FormRun& where, int64_t count) {
   constexpr int kNumStates = Rule::num_states(variant);
+  constexpr bool kCoded = kind == States::kCoded;
   using Bits = typename Lane::Bits;
   const auto s = *static_cast<const typename Rule::template Scalars<float>*>(scalars);
-  const FormRun run = where;
-  const Form form = run.form;
-  const bool coded = kNumStates > 0 && form.is_coded();
-  // States of blocks as they are updated: what the scales will be is known when all of a block are.
-  alignas(64) float values[kNumStates + 1][kFormRun];
-  Bits magnitudes[kNumStates + 1][kFormRun / kCodeBlock];
+  const FormRun run = where;  // copies, which the stores cannot alias
+  Form form = where.form;
+  if (is_bfloat16) form.param = form.grad = DType::kBFloat16;
+  if (is_bfloat16 && kind == States::kHalf) form.state = DType::kBFloat16;
 
-  // Made among the updates, whose divisions leave the time for it.
-  constexpr int64_t kAtOnce = 8 * Lane::kWidth;
-  int64_t drawn = 0;
-
-  const int64_t block = coded ? kCodeBlock : count;
-  for (int64_t begin = 0, b = 0; begin < count; begin += block, ++b) {
-    const int64_t end = begin + block < count ? begin + block : count;
-    Lane scale[kNumStates + 1];
-    Bits largest[kNumStates + 1];
+  // Of a block of codes: its state as it is updated, whose scales are known when all of it is. So it is encoded
+  // together with the next block's update, whose divisions leave the time for that.
+  alignas(64) float values[2][kNumStates + 1][kCodeBlock];
+  CodeScale<Lane> scale[kNumStates + 1];
+  Bits most[kNumStates + 1];
+  Lane inverse[kNumStates + 1];
+  bool is_zero[kNumStates + 1];
+  const auto encode = [&](int k, int64_t begin, int64_t i, int half) __attribute__((always_inline)) {
+    const Lane x = Lane::load(values[half][k] + i);
+    const Bits draws = Bits::load(static_cast<const uint16_t*>(run.draws->of[1 + k]) + run.ahead + begin + i);
+    const Bits code =
+        Rule::is_signed(k) ? SignedCode::encode(x, inverse[k], draws) : UnsignedCode::encode(x, inverse[k], draws);
+    code.store(reinterpret_cast<uint8_t*>(run.data[kState + k]) + begin + i);
+  };
+  const auto end_encoding = [&](int64_t begin, int64_t size) {
     for (int k = 0; k < kNumStates; ++k) {
-      scale[k] = Lane(coded ? run.scales[b * kNumStates + k] : 0.0f);
-      largest[k] = Bits(0);
+      if (is_zero[k]) std::memset(run.data[kState + k] + begin, 0, size);
+    }
+  };
+
+  Drawer<Bits> drawer(*where.drawing, run.drawn_from, run.draws);
+  if (run.draws) drawer.make_until(run.ahead + (count < kDrawGroup ? count : kDrawGroup));
+  const int64_t piece = kCoded ? kCodeBlock : count;
+  const std::byte* const companion = run.data[form.companion != Companion::kNone ? kCompanionSlot : kParam];
+  const int64_t companion_size = run.size[form.companion != Companion::kNone ? kCompanionSlot : kParam];
+  int half = 0;
+  for (int64_t begin = 0; begin < count; begin += piece) {
+    const int64_t end = begin + piece < count ? begin + piece : count;
+    float* const scales = run.scales + begin / kCodeBlock * kNumStates;
+    for (int k = 0; kCoded && k < kNumStates; ++k) {
+      scale[k] = Rule::is_signed(k) ? SignedCode::scaled<Lane>(scales[k]) : UnsignedCode::scaled<Lane>(scales[k]);
+      most[k] = Bits(0);
     }
     for (int64_t i = begin; i < end; i += Lane::kWidth) {
       const LaneMemory<> memory(run, i);
-      Bits draws(0);
-      if (run.draws) {
-        for (; drawn < run.ahead + count && drawn < run.ahead + i + 2 * kAtOnce; drawn += kAtOnce)
-          draw_more<Bits>(form, *run.drawing, run.drawn_from + drawn, run.draws + drawn);
-        draws = Bits::load(static_cast<const uint16_t*>(run.draws) + run.ahead + i);
+      const int64_t next = to_fetch(i, run.left);
+      for (int slot = 0; slot < kState + kNumStates; ++slot) {
+        if (slot != kGrad || Rule::kReadsGrad) __builtin_prefetch(run.data[slot] + next * run.size[slot]);
       }
+      __builtin_prefetch(companion + next * companion_size);
+      const auto draws = [&](int which) __attribute__((always_inline)) {
+        return Bits::load(static_cast<const uint16_t*>(run.draws->of[which]) + run.ahead + i);
+      };
       Lane param = load_param<Lane>(form, memory), grad(0.0f);
       if constexpr (Rule::kReadsGrad) grad = memory.template load<Lane>(kGrad, form.grad);
       Lane states[kNumStates + 1];
       for (int k = 0; k < kNumStates; ++k) {
-        if (coded) {
+        if constexpr (kCoded) {
           const Bits code = memory.template load_codes<Bits>(kState + k);
           states[k] = Rule::is_signed(k) ? SignedCode::decode(code, scale[k]) : UnsignedCode::decode(code, scale[k]);
+        } else if constexpr (kind == States::kFloat32) {
+          states[k] = memory.template load<Lane>(kState + k, DType::kFloat32);
         } else {
           states[k] = memory.template load<Lane>(kState + k, form.state);
         }
@@ -151,38 +249,53 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
       const Lane before = param;
       const Lane added = Rule::template update<variant>(s, param, grad, states);
 
-      if constexpr (Rule::kWritesParam) store_param(form, param, draws, memory);
+      if constexpr (Rule::kWritesParam)
+        store_param(form, param, [&]() __attribute__((always_inline)) { return draws(0); }, memory);
       for (int k = 0; k < kNumStates; ++k) {
-        if (coded) {
-          states[k].store(values[k] + i);
-          largest[k] = max(largest[k], without_sign(bits_of(states[k])));
-        } else if (form.stochastic_state) {
-          store_drawn(form.state, states[k], state_draw(draws, k), kState + k, memory);
+        if constexpr (kCoded) {
+          states[k].store(values[half][k] + (i - begin));
+          most[k] = max(most[k], without_sign(bits_of(states[k])));
+          if (begin > 0) encode(k, begin - kCodeBlock, i - begin, 1 - half);
+        } else if constexpr (kind == States::kFloat32) {
+          memory.store(kState + k, DType::kFloat32, states[k]);
         } else {
-          memory.store(kState + k, form.state, states[k]);
+          if (FUSEDOPT_RARELY(!form.stochastic_state)) {  // a moving average
+            memory.store(kState + k, form.state, states[k]);
+          } else {
+            store_drawn(form.state, states[k], draws(1 + k), kState + k, memory);
+          }
         }
       }
-      if (Rule::kHasCompany && run.ema != Ema::kNone) {
+      if (run.draws && i & Lane::kWidth) drawer.make_some();
+      if (FUSEDOPT_RARELY(Rule::kHasCompany && run.ema != Ema::kNone)) {
         const Lane now = averaged(form, param, memory);
         Lane average = now;
         if (run.ema == Ema::kMove) average = Common::average(s, memory.template load<Lane>(kEmaSlot, form.ema), now);
         memory.store(kEmaSlot, form.ema, average);
       }
-      if (run.seen) {
+      if (FUSEDOPT_RARELY(run.seen)) {
         if constexpr (!Rule::kReadsGrad) grad = memory.template load<Lane>(kGrad, form.grad);
         grad.store(run.seen->grad + i);
         before.store(run.seen->before + i);
         added.store(run.seen->added + i);
       }
     }
-    for (int k = 0; k < kNumStates && coded; ++k) magnitudes[k][b] = largest[k];
-  }
-
-  for (int k = 0; k < kNumStates && coded; ++k) {
-    if (Rule::is_signed(k)) {
-      encode<SignedCode, Lane>(run, values[k], magnitudes[k], k, count);
-    } else {
-      encode<UnsignedCode, Lane>(run, values[k], magnitudes[k], k, count);
+    if constexpr (kCoded) {
+      if (begin > 0) end_encoding(begin - kCodeBlock, kCodeBlock);
+      for (int k = 0; k < kNumStates; ++k) {
+        const float magnitude = bits_to_float(largest(most[k]));
+        const BlockScale found =
+            Rule::is_signed(k) ? block_scale<SignedCode>(magnitude) : block_scale<UnsignedCode>(magnitude);
+        scales[k] = found.scale;
+        inverse[k] = Lane(found.inverse);
+        is_zero[k] = found.inverse == 0;
+      }
+      half = 1 - half;
+      if (end < count) continue;
+      for (int64_t i = 0; i < end - begin; i += Lane::kWidth) {
+        for (int k = 0; k < kNumStates; ++k) encode(k, begin, i, 1 - half);
+      }
+      end_encoding(begin, end - begin);
     }
   }
 }
@@ -203,6 +316,8 @@ class FormWalk {
         drawing_(form_, common_.step),
         run_{form_,
              {},
+             {},
+             0,
              nullptr,
              nullptr,
              0,
@@ -213,13 +328,13 @@ class FormWalk {
     for (int slot = 0; slot < kNumSlots; ++slot) {
       const int k = form_.stream(slot);
       stream_[slot] = k < num_streams_ ? k : -1;
-      if (stream_[slot] >= 0) size_[slot] = itemsize(form_.dtype(k));
+      if (stream_[slot] >= 0) run_.size[slot] = itemsize(form_.dtype(k));
     }
   }
 
   void walk(int64_t begin, int64_t end) {
-    alignas(64) uint16_t draws[kFormRun + 3 * kDraws];
-    if (form_.draws()) run_.draws = draws;
+    Draws draws;
+    if (form_.draws()) run_.draws = &draws;
     const bool copies = row_.layout || stats_;
     for (int64_t at = begin; at < end;) {
       const int64_t most = copies ? kRun : kFormRun;
@@ -229,13 +344,13 @@ class FormWalk {
       } else if (!copies && stop - at > Lane::kWidth) {
         stop -= (stop - at) % Lane::kWidth;  // what is left is copied
       }
-      run_.ahead = at % kDraws;
+      run_.ahead = at % kDrawGroup;
       run_.drawn_from = at - run_.ahead;
       if (form_.is_coded()) {
         auto* const scales = reinterpret_cast<float*>(row_.data[form_.scales()]);
         run_.scales = scales + form_.block_of(at) * form_.num_states;
       }
-      row_.layout || (stop - at) % Lane::kWidth != 0 ? buffered(at, stop) : direct(at, stop);
+      row_.layout || (stop - at) % Lane::kWidth != 0 ? buffered(at, stop) : direct(at, stop, end);
       if (stats_ && (stop >= end || stop / kPart != at / kPart)) row_.beside->stats[at / kPart] = stats_->end_part();
       // The last block may reach into a part that no other begins in.
       if (stats_ && stop == row_.numel && (stop - 1) / kPart != at / kPart) row_.beside->stats[(stop - 1) / kPart] = {};
@@ -246,10 +361,11 @@ class FormWalk {
  private:
   static int64_t itemsize(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kCode ? 1 : 2; }
 
-  void direct(int64_t begin, int64_t end) {
+  void direct(int64_t begin, int64_t end, int64_t row_end) {
     for (int slot = 0; slot < kNumSlots; ++slot) {
-      if (stream_[slot] >= 0) run_.data[slot] = row_.data[stream_[slot]] + begin * size_[slot];
+      if (stream_[slot] >= 0) run_.data[slot] = row_.data[stream_[slot]] + begin * run_.size[slot];
     }
+    run_.left = row_end - begin;
     update_(row_.scalars, run_, end - begin);
     if (stats_) measure(end - begin);
   }
@@ -260,9 +376,10 @@ class FormWalk {
     const int64_t count = end - begin, whole = (count + Lane::kWidth - 1) / Lane::kWidth * Lane::kWidth;
     for (int slot = 0; slot < kNumSlots; ++slot) {
       run_.data[slot] = buffer[slot];
-      if (stream_[slot] >= 0) std::memset(buffer[slot] + count * size_[slot], 0, (whole - count) * size_[slot]);
+      if (stream_[slot] >= 0) std::memset(buffer[slot] + count * run_.size[slot], 0, (whole - count) * run_.size[slot]);
     }
     move(begin, end, true);
+    run_.left = count;
     update_(row_.scalars, run_, whole);
     if (stats_) measure(count);
     move(begin, end, false);
@@ -281,7 +398,7 @@ class FormWalk {
       for (int slot = 0; slot < kNumSlots; ++slot) {
         const int k = stream_[slot];
         if (k < 0 || (k == kGrad && !to_buffers)) continue;
-        const int64_t size = size_[slot], stride = inner ? inner->stride[k] * size : size;
+        const int64_t size = run_.size[slot], stride = inner ? inner->stride[k] * size : size;
         std::byte* const here = row_.data[k] + (inner ? offset[k] : at) * size;
         std::byte* const there = run_.data[slot] + (at - begin) * size;
         to_buffers ? copy(there, size, here, stride, run, size) : copy(here, stride, there, size, run, size);
@@ -315,7 +432,6 @@ class FormWalk {
   Stats<Lane>* stats_;
   int num_streams_;
   int stream_[kNumSlots];  // -1: the row has none
-  int64_t size_[kNumSlots] = {};
   const Common::Scalars<float> common_;
   const Drawing drawing_;
   FormRun::Seen seen_;
@@ -326,7 +442,20 @@ template <class Rule, int variant, class Lane>
 void update_form(const TensorRow& row, int64_t begin, int64_t end) {
   Stats<Lane> stats;
   const bool measures = Rule::kHasCompany && row.beside && row.beside->stats;
-  FormWalk<Lane>(row, update_run<Rule, variant, Lane>, measures ? &stats : nullptr).walk(begin, end);
+  const Form& form = *row.form;
+  constexpr DType kBFloat16 = DType::kBFloat16;
+  const bool is_bfloat16 = form.param == kBFloat16 && form.grad == kBFloat16;
+  auto update = update_run<Rule, variant, Lane, States::kFloat32, false>;
+  if (form.is_coded()) {
+    update = update_run<Rule, variant, Lane, States::kCoded, false>;
+  } else if (form.state == DType::kFloat32) {
+    if (is_bfloat16) update = update_run<Rule, variant, Lane, States::kFloat32, true>;
+  } else if (is_bfloat16 && form.state == kBFloat16) {
+    update = update_run<Rule, variant, Lane, States::kHalf, true>;
+  } else {
+    update = update_run<Rule, variant, Lane, States::kHalf, false>;
+  }
+  FormWalk<Lane>(row, update, measures ? &stats : nullptr).walk(begin, end);
 }
 
 }  // namespace

@@ -9,6 +9,12 @@
 namespace fusedopt {
 namespace {
 
+// Elements that are fetched before they are updated: see ARCHITECTURE.md, "Memory".
+constexpr int64_t kFetched = 512;
+
+// The element to be fetched beside the i-th, of those before `end`.
+inline int64_t to_fetch(int64_t i, int64_t end) { return i + kFetched < end ? i + kFetched : i; }
+
 template <int64_t size>
 inline void copy_each(std::byte* to, int64_t to_stride, const std::byte* from, int64_t from_stride, int64_t count) {
   for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, size);

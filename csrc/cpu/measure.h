@@ -80,12 +80,14 @@ struct Norm {
   using T = typename Lane::Scalar;
   using Scalars = Common::Scalars<T>;
 
+  // `last`: where the gradient ends.
   template <class G>
-  static NormPart add_up(const Scalars& scalars, const G* grad, int64_t count, bool wants_largest) {
+  static NormPart add_up(const Scalars& scalars, const G* grad, int64_t count, int64_t last, bool wants_largest) {
     const Scalars s = scalars;
     PartSum<Lane> sum;
     Lane largest(T(0));
     each_lane<Lane>(count, [&](int64_t i, int at, auto... n) {
+      __builtin_prefetch(grad + to_fetch(i, last));
       const Lane x = Common::value(s, Lane::load(grad + i, n...));
       if (wants_largest) largest = maximum(largest, abs(x));
       sum.add_square(at, x);
@@ -103,12 +105,12 @@ struct Norm {
       const int64_t count = end - at < kPart ? end - at : kPart;
       NormPart& part = row.beside->norm[at / kPart];
       if (!row.layout) {
-        part = add_up(unscaled, reinterpret_cast<const S*>(row.data[kGrad]) + at, count, options.largest);
+        part = add_up(unscaled, reinterpret_cast<const S*>(row.data[kGrad]) + at, count, end - at, options.largest);
         continue;
       }
       alignas(64) T grad[kPart];
       gather_grad<Lane, S>(unscaled, row, at, count, grad);
-      part = add_up(as_it_is, grad, count, options.largest);
+      part = add_up(as_it_is, grad, count, count, options.largest);
     }
   }
 };

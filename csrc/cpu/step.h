@@ -46,20 +46,32 @@ struct Dense {
     see(grad, before, param, added);
   }
 
-  // `flags` are added to the scalars'.
-  static void update(const void* scalars, uint32_t flags, std::byte* const* streams, int64_t begin, int64_t end) {
+  __attribute__((always_inline)) static inline void fetch(std::byte* const* data, int64_t i, int64_t last) {
+    const int64_t at = to_fetch(i, last);
+    for (int k = 0; k < kNumStreams; ++k) {
+      if (k != kGrad) __builtin_prefetch(data[k] + at * int64_t{sizeof(S)});
+    }
+    if (Rule::kReadsGrad) __builtin_prefetch(data[kGrad] + at * int64_t{sizeof(G)});
+  }
+
+  // `flags` are added to the scalars'. `last`: where the streams end.
+  static void update(const void* scalars, uint32_t flags, std::byte* const* streams, int64_t begin, int64_t end,
+                     int64_t last) {
     Scalars s = *static_cast<const Scalars*>(scalars);  // copies, which the stores cannot alias
     s.flags |= flags;
     std::byte* data[kNumStreams];
     for (int k = 0; k < kNumStreams; ++k) data[k] = streams[k];
     const auto see_nothing = [](auto...) {};
     int64_t i = begin;
-    for (; i + Lane::kWidth <= end; i += Lane::kWidth) block(s, data, i, see_nothing);
+    for (; i + Lane::kWidth <= end; i += Lane::kWidth) {
+      fetch(data, i, last);
+      block(s, data, i, see_nothing);
+    }
     if (i < end) block(s, data, i, see_nothing, static_cast<int>(end - i));
   }
 
   // The same for a run, with statistics. `unclipped`: of a sparse gradient, the sums of its values as computed.
-  static void measured(const void* scalars, uint32_t flags, std::byte* const* streams, int64_t count,
+  static void measured(const void* scalars, uint32_t flags, std::byte* const* streams, int64_t count, int64_t last,
                        const T* unclipped, Stats<Lane>* stats) {
     Scalars s = *static_cast<const Scalars*>(scalars);
     s.flags |= flags;
@@ -71,6 +83,7 @@ struct Dense {
     const G* const grad_at = reinterpret_cast<const G*>(data[kGrad]);
     auto run = stats->begin_run();
     each_lane<Lane, Stats<Lane>::kLanes>(count, [&](int64_t i, int at, auto... n) __attribute__((always_inline)) {
+      fetch(data, i, last);
       block(
           s, data, i,
           [&](Lane grad, Lane before, Lane after, Lane added) __attribute__((always_inline)) {
@@ -99,8 +112,8 @@ template <class Lane, class S>
 class Walk {
  public:
   using T = typename Lane::Scalar;
-  using Update = void (*)(const void*, uint32_t, std::byte* const*, int64_t, int64_t);
-  using Measured = void (*)(const void*, uint32_t, std::byte* const*, int64_t, const T*, Stats<Lane>*);
+  using Update = void (*)(const void*, uint32_t, std::byte* const*, int64_t, int64_t, int64_t);
+  using Measured = void (*)(const void*, uint32_t, std::byte* const*, int64_t, int64_t, const T*, Stats<Lane>*);
 
   // `stats`: null unless the row wants them.
   Walk(const TensorRow& row, Update update, Measured measured, int num_streams, Stats<Lane>* stats)
@@ -261,7 +274,7 @@ class Walk {
   // The next `count` elements of the piece, which lie in streams of unit stride here. `unclipped`: those of a sparse
   // gradient as computed.
   void update(std::byte* const* data, int64_t count, const T* unclipped = nullptr) {
-    if (!has_ema() && !stats_) return update_(row_.scalars, flags_, data, 0, count);
+    if (!has_ema() && !stats_) return update_(row_.scalars, flags_, data, 0, count, count);
     // Run by run, while it is in the cache, comes what is beside the update.
     for (int64_t done = 0; done < count;) {
       int64_t run = count - done;
@@ -269,23 +282,23 @@ class Walk {
       if (stats_ && run > kPart - at_ % kPart) run = kPart - at_ % kPart;
       std::byte* here[kMaxStreams];
       for (int k = 0; k < num_streams_; ++k) here[k] = data[k] + done * (k == kGrad ? grad_size_ : int64_t{sizeof(S)});
-      update_run(here, run, unclipped ? unclipped + done : nullptr);
+      update_run(here, run, count - done, unclipped ? unclipped + done : nullptr);
       done += run;
       at_ += run;
       if (stats_ && at_ % kPart == 0) finish();
     }
   }
 
-  void update_run(std::byte* const* data, int64_t count, const T* unclipped) {
+  void update_run(std::byte* const* data, int64_t count, int64_t last, const T* unclipped) {
     if (stats_) {
-      measured_(row_.scalars, flags_, data, count, unclipped, stats_);
+      measured_(row_.scalars, flags_, data, count, last, unclipped, stats_);
     } else {
-      update_(row_.scalars, flags_, data, 0, count);
+      update_(row_.scalars, flags_, data, 0, count, last);
     }
     if (ema() == Ema::kCopy) std::memcpy(data[ema_], data[kParam], count * sizeof(S));
     if (ema() == Ema::kMove) {
       std::byte* const average[] = {data[kParam], nullptr, data[ema_]};
-      Dense<Average, 0, Lane, S, S>::update(&common_, 0, average, 0, count);
+      Dense<Average, 0, Lane, S, S>::update(&common_, 0, average, 0, count, last);
     }
   }
 
@@ -311,7 +324,7 @@ void update(const TensorRow& row, int64_t begin, int64_t end) {
   constexpr bool kIsSparse = variant == Rule::kSparseVariant;
   using Rows = Dense<Rule, variant, Lane, S, std::conditional_t<kIsSparse, typename Lane::Scalar, S>>;
   if (!kIsSparse && !row.layout && !row.beside)
-    return Rows::update(row.scalars, 0, row.data, begin, end);  // the usual case
+    return Rows::update(row.scalars, 0, row.data, begin, end, end);  // the usual case
   const auto walk = [&](Stats<Lane>* stats) {
     Walk<Lane, S> walk(row, Rows::update, Rows::measured, kState + Rows::kNumStates, stats);
     if constexpr (kIsSparse) return walk.sparse(begin, end);

@@ -63,15 +63,23 @@ struct GroupMemory {
     return Bits::load(values);
   }
   template <class Bits>
-  FUSEDOPT_DEVICE Bits load_words(int slot) const {
-    return load_bits<uint16_t, Bits>(slot);
+  FUSEDOPT_DEVICE Bits load_upper(int slot) const {
+    return load_bits<uint16_t, Bits>(slot).template left<16>();
+  }
+  template <class Bits>
+  FUSEDOPT_DEVICE Bits load_signed(int slot) const {
+    return load_bits<int16_t, Bits>(slot);
   }
   template <class Bits>
   FUSEDOPT_DEVICE Bits load_codes(int slot) const {
     return load_bits<uint8_t, Bits>(slot);
   }
   template <class Bits>
-  FUSEDOPT_DEVICE void store_words(int slot, const Bits& bits) const {
+  FUSEDOPT_DEVICE void store_upper(int slot, const Bits& bits) const {
+    store_lower(slot, bits.template right<16>());
+  }
+  template <class Bits>
+  FUSEDOPT_DEVICE void store_lower(int slot, const Bits& bits) const {
     uint16_t values[N];
     bits.store(values);
     write(slot, values);
@@ -84,20 +92,32 @@ struct GroupMemory {
   }
 };
 
-// The draws of N elements from `first` on: of one, or of four that begin at a multiple of it.
+// The draws of N elements: of one, or of four that begin at a multiple of it.
 template <int N>
-FUSEDOPT_DEVICE portable::Bits<N> draws_of(const Form& form, uint32_t step, int64_t first) {
-  portable::Bits<1> words[4];
-  draw(form, step, first / 8, words,
-       [&](int round, int which) { return portable::Bits<1>(round_key(form.seed, round, which)); });
-  if (N == 4) {
-    const bool behind = first % 8 != 0;
-    const uint32_t low = behind ? words[2].v[0] : words[0].v[0], high = behind ? words[3].v[0] : words[1].v[0];
-    return portable::Bits<N>::each([&](int k) { return (k < 2 ? low : high) >> k % 2 * 16 & 0xffffu; });
+struct Draws {
+  portable::Bits<4> words;  // their counter's, from the first one's on
+  int first;                // element of a group
+
+  FUSEDOPT_DEVICE portable::Bits<N> of(int tensor) const {
+    const portable::Bits<4> sums = summed(words, sum_of(tensor, first));
+    return portable::Bits<N>::each([&](int k) { return sums.v[k / 2] >> 16 * ((first + k) % 2) & 0xffffu; });
   }
-  const int at = static_cast<int>(first % 8);
-  const uint32_t early = at < 2 ? words[0].v[0] : words[1].v[0], late = at < 6 ? words[2].v[0] : words[3].v[0];
-  return portable::Bits<N>((at < 4 ? early : late) >> at % 2 * 16 & 0xffffu);
+};
+
+template <int N>
+FUSEDOPT_DEVICE Draws<N> draws_of(const Form& form, uint32_t step, int64_t first) {
+  portable::Bits<1> words[4];
+  set_counters(form, step, counter_of(first), words);
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round)
+    philox_round(words, round_key(form.seed, round, 0), round_key(form.seed, round, 1));
+  const int at = static_cast<int>(first % 8) / 2;
+  portable::Bits<4> turned;
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    turned.v[k] = at < 2 ? (at == 0 ? words[k] : words[(k + 1) % 4]).v[0]
+                         : (at == 2 ? words[(k + 2) % 4] : words[(k + 3) % 4]).v[0];
+  return {turned, static_cast<int>(first % kDrawGroup)};
 }
 
 template <class Rule, int variant>
@@ -110,7 +130,8 @@ struct FormUpdate {
   // What four elements of a row with codes are until their block's scale is known.
   struct Four {
     Lane4 states[kNumStates + 1];
-    portable::Bits<4> draws;
+    Draws<4> draws;
+    Draws<1> each[4];  // if they are not read at once
     int count;
     bool at_once;
   };
@@ -118,7 +139,7 @@ struct FormUpdate {
   // The update of N elements. coded: states are read with the scales, and left in `updated`.
   template <int N, bool coded>
   FUSEDOPT_DEVICE static void group(const Scalars& s, const Form& form, const GroupMemory<N>& memory,
-                                    portable::Bits<N> draws, Ema ema, bool stats, StatsPart* mine, const float* scales,
+                                    const Draws<N>& draws, Ema ema, bool stats, StatsPart* mine, const float* scales,
                                     portable::Lane<float, N>* updated) {
     using Lane = portable::Lane<float, N>;
     using Bits = portable::Bits<N>;
@@ -129,21 +150,21 @@ struct FormUpdate {
     for (int k = 0; k < kNumStates; ++k) {
       if constexpr (coded) {
         const Bits codes = memory.template load_codes<Bits>(kState + k);
-        states[k] = Rule::is_signed(k) ? SignedCode::decode(codes, Lane(scales[k]))
-                                       : UnsignedCode::decode(codes, Lane(scales[k]));
+        states[k] = Rule::is_signed(k) ? SignedCode::decode(codes, SignedCode::scaled<Lane>(scales[k]))
+                                       : UnsignedCode::decode(codes, UnsignedCode::scaled<Lane>(scales[k]));
       } else {
         states[k] = memory.template load<Lane>(kState + k, form.state);
       }
     }
     const Lane before = param;
     const Lane change = Rule::template update<variant>(s, param, grad, states);
-    if constexpr (Rule::kWritesParam) store_param(form, param, draws, memory);
+    if constexpr (Rule::kWritesParam) store_param(form, param, [&] { return draws.of(0); }, memory);
 #pragma unroll
     for (int k = 0; k < kNumStates; ++k) {
       if constexpr (coded) {
         updated[k] = states[k];
       } else if (form.stochastic_state) {
-        store_drawn(form.state, states[k], state_draw(draws, k), kState + k, memory);
+        store_drawn(form.state, states[k], draws.of(1 + k), kState + k, memory);
       } else {
         memory.store(kState + k, form.state, states[k]);
       }
@@ -224,7 +245,7 @@ struct FormUpdate {
   template <int N>
   FUSEDOPT_DEVICE static void one_group(const Scalars& s, const Row& row, std::byte* grad, const Layout::Dim* dims,
                                         Ema ema, bool stats, StatsPart* mine, int64_t i) {
-    portable::Bits<N> draws(0);
+    Draws<N> draws{};
     if (row.form.draws()) draws = draws_of<N>(row.form, s.step, i);
     group<N, false>(s, row.form, find_group<N>(row, grad, dims, ema, i), draws, ema, stats, mine, nullptr, nullptr);
   }
@@ -287,10 +308,9 @@ struct FormUpdate {
         } else {
           for (int e = 0; e < here.count; ++e) {
             Lane1 states[kNumStates + 1];
-            const portable::Bits<1> draws = draws_of<1>(form, s.step, i + e);
-            group<1, true>(s, form, find_group<1>(row, grad, dims, ema, i + e), draws, ema, stats != nullptr, &mine,
-                           old, states);
-            here.draws.v[e] = draws.v[0];
+            here.each[e] = draws_of<1>(form, s.step, i + e);
+            group<1, true>(s, form, find_group<1>(row, grad, dims, ema, i + e), here.each[e], ema, stats != nullptr,
+                           &mine, old, states);
             for (int k = 0; k < kNumStates; ++k) here.states[k].v[e] = states[k].v[0];
           }
         }
@@ -306,12 +326,12 @@ struct FormUpdate {
           const Four& here = four[lane];
           if (here.at_once) {
             find_group<4>(row, grad, dims, ema, i)
-                .store_codes(kState + k, encode(k, here.states[k], found, state_draw(here.draws, k)));
+                .store_codes(kState + k, encode(k, here.states[k], found, here.draws.of(1 + k)));
           } else {
             for (int e = 0; e < here.count; ++e) {
               const Lane1 x(here.states[k].v[e]);
               find_group<1>(row, grad, dims, ema, i + e)
-                  .store_codes(kState + k, encode(k, x, found, state_draw(portable::Bits<1>(here.draws.v[e]), k)));
+                  .store_codes(kState + k, encode(k, x, found, here.each[e].of(1 + k)));
             }
           }
         }

@@ -61,9 +61,15 @@ struct Bits {
   explicit Bits(uint32_t x) : v(_mm256_set1_epi32(static_cast<int>(x))) {}
   static Bits count_from(uint32_t first) { return add(Bits(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 
+  static Bits load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static Bits load(const uint16_t* p) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static Bits load(const int16_t* p) {
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Bits load_upper(const uint16_t* p) { return load(p).left<16>(); }
+  static Bits load_upper(const uint16_t* p, int n) { return load(p, n).left<16>(); }
   static Bits load(const uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
@@ -73,26 +79,21 @@ struct Bits {
     std::memcpy(block, p, n * sizeof(I));
     return load(block);
   }
-  void store(uint16_t* p) const {
-    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
-    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
+  void store(uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  void store(uint16_t* p) const { left<16>().store_upper(p); }
+  void store_upper(uint16_t* p) const {
+    const __m256i words = _mm256_srli_epi32(v, 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
   }
   void store(uint8_t* p) const {
     const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xff));
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
   }
-  template <class I>
-  void store(I* p, int n) const {
-    I block[kWidth];
-    store(block);
-    std::memcpy(p, block, n * sizeof(I));
-  }
 
   friend Bits add(Bits a, Bits b) { return _mm256_add_epi32(a.v, b.v); }
   friend Bits sub(Bits a, Bits b) { return _mm256_sub_epi32(a.v, b.v); }
-  friend Bits mul(Bits a, Bits b) { return _mm256_mullo_epi32(a.v, b.v); }
   friend Bits bit_and(Bits a, Bits b) { return _mm256_and_si256(a.v, b.v); }
   friend Bits bit_or(Bits a, Bits b) { return _mm256_or_si256(a.v, b.v); }
   friend Bits bit_xor(Bits a, Bits b) { return _mm256_xor_si256(a.v, b.v); }
@@ -104,6 +105,10 @@ struct Bits {
   Bits right() const {
     return _mm256_srli_epi32(v, count);
   }
+  template <int count>
+  Bits next_words() const {
+    return _mm256_alignr_epi8(v, v, 2 * count);
+  }
   friend Bits min(Bits a, Bits b) { return _mm256_min_epu32(a.v, b.v); }
   friend Bits max(Bits a, Bits b) { return _mm256_max_epu32(a.v, b.v); }
   friend uint32_t largest(Bits a) {
@@ -111,9 +116,6 @@ struct Bits {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(each), a.v);
     for (int k = 0; k < kWidth; ++k) most = each[k] > most ? each[k] : most;
     return most;
-  }
-  friend Bits if_less(Bits a, Bits b, Bits yes, Bits no) {
-    return _mm256_blendv_epi8(no.v, yes.v, _mm256_cmpgt_epi32(b.v, a.v));
   }
   friend Bits if_same(Bits a, Bits b, Bits yes, Bits no) {
     return _mm256_blendv_epi8(no.v, yes.v, _mm256_cmpeq_epi32(a.v, b.v));
@@ -203,7 +205,11 @@ struct F32 {
   }
   friend Bits bits_of(F32 x) { return _mm256_castps_si256(x.v); }
   static F32 float_of(Bits bits) { return _mm256_castsi256_ps(bits.v); }
-  friend Bits truncated(F32 x) { return _mm256_cvttps_epi32(x.v); }
+  friend F32 min(F32 a, F32 b) { return _mm256_min_ps(a.v, b.v); }
+  friend F32 max(F32 a, F32 b) { return _mm256_max_ps(a.v, b.v); }
+  friend Bits if_ordered(F32 x, Bits yes, Bits no) {
+    return _mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_ORD_Q)));
+  }
 
   friend F32 add(F32 a, F32 b) { return _mm256_add_ps(a.v, b.v); }
   friend F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a.v, b.v); }

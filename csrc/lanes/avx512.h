@@ -48,7 +48,7 @@ struct F64 {
   }
   void to_doubles(F64* out) const { *out = *this; }
   friend F64 flush_subnormal(F64 a) {
-    const __mmask8 small = _mm512_cmp_pd_mask(_mm512_abs_pd(a.v), _mm512_set1_pd(0x1p-1022), _CMP_LT_OQ);
+    const __mmask8 small = _mm512_fpclass_pd_mask(a.v, 0x20);
     return _mm512_mask_and_pd(a.v, small, a.v, _mm512_set1_pd(-0.0));
   }
 };
@@ -64,23 +64,38 @@ struct Bits {
     return add(Bits(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   }
 
+  // Upper halves from, or to, words that lie together: one shuffle, without a shift.
+  static Bits upper(__m256i x) {
+    const __m512i from = _mm512_set_epi32(0xf0000, 0xe0000, 0xd0000, 0xc0000, 0xb0000, 0xa0000, 0x90000, 0x80000,
+                                          0x70000, 0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
+    return _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, _mm512_castsi256_si512(x));
+  }
+  __m256i upper() const {
+    const __m256i odd = _mm256_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_castsi256_si512(odd), v));
+  }
+
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static Bits load(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static Bits load(const uint16_t* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static Bits load(const uint16_t* p, int n) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), p)); }
+  static Bits load(const int16_t* p) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Bits load(const int16_t* p, int n) { return _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask(n), p)); }
+  static Bits load_upper(const uint16_t* p) { return upper(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Bits load_upper(const uint16_t* p, int n) { return upper(_mm256_maskz_loadu_epi16(mask(n), p)); }
   static Bits load(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static Bits load(const uint8_t* p, int n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask(n), p)); }
-  void store(uint16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
-  void store(uint16_t* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(v)); }
+  void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
+  void store(uint16_t* p) const { left<16>().store_upper(p); }
   void store(uint8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
-  void store(uint8_t* p, int n) const { _mm_mask_storeu_epi8(p, mask(n), _mm512_cvtepi32_epi8(v)); }
+  void store_upper(uint16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), upper()); }
 
   friend Bits add(Bits a, Bits b) { return _mm512_add_epi32(a.v, b.v); }
   friend Bits sub(Bits a, Bits b) { return _mm512_sub_epi32(a.v, b.v); }
-  friend Bits mul(Bits a, Bits b) { return _mm512_mullo_epi32(a.v, b.v); }
   friend Bits bit_and(Bits a, Bits b) { return _mm512_and_si512(a.v, b.v); }
   friend Bits bit_or(Bits a, Bits b) { return _mm512_or_si512(a.v, b.v); }
   friend Bits bit_xor(Bits a, Bits b) { return _mm512_xor_si512(a.v, b.v); }
@@ -92,12 +107,13 @@ struct Bits {
   Bits right() const {
     return _mm512_srli_epi32(v, count);
   }
+  template <int count>
+  Bits next_words() const {
+    return _mm512_alignr_epi8(v, v, 2 * count);
+  }
   friend Bits min(Bits a, Bits b) { return _mm512_min_epu32(a.v, b.v); }
   friend Bits max(Bits a, Bits b) { return _mm512_max_epu32(a.v, b.v); }
   friend uint32_t largest(Bits a) { return _mm512_reduce_max_epu32(a.v); }
-  friend Bits if_less(Bits a, Bits b, Bits yes, Bits no) {
-    return _mm512_mask_mov_epi32(no.v, _mm512_cmplt_epi32_mask(a.v, b.v), yes.v);
-  }
   friend Bits if_same(Bits a, Bits b, Bits yes, Bits no) {
     return _mm512_mask_mov_epi32(no.v, _mm512_cmpeq_epi32_mask(a.v, b.v), yes.v);
   }
@@ -140,19 +156,19 @@ struct F32 {
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
 
-  static F32 widen(__m256i x, BFloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+  static F32 widen(__m256i x, BFloat16) { return _mm512_castsi512_ps(Bits::upper(x).v); }
   static F32 widen(__m256i x, Half) { return _mm512_cvtph_ps(x); }
 
-  // Round to nearest even; a NaN is made quiet and keeps its upper bits. (VCVTNEPS2BF16 would flush subnormals.)
-  __m256i narrow(BFloat16) const {
+  // To nearest even, in the upper halves; a NaN is made quiet and keeps its upper bits. (VCVTNEPS2BF16 would flush
+  // subnormals.)
+  Bits nearest() const {
     const __m512i bits = _mm512_castps_si512(v);
-    const __m512i high = _mm512_srli_epi32(bits, 16);
-    const __m512i even = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    const __m512i rounded =
-        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even), 16);
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i half = _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fff), odd, _mm512_set1_epi32(0x8000));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+    return _mm512_mask_or_epi32(_mm512_add_epi32(bits, half), nan, bits, _mm512_set1_epi32(0x400000));
   }
+  __m256i narrow(BFloat16) const { return nearest().upper(); }
   __m256i narrow(Half) const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
   // The two 16-bit storage types.
@@ -173,13 +189,15 @@ struct F32 {
     _mm256_mask_storeu_epi16(p, mask(n), narrow(S{}));
   }
 
-  template <class S>
-  static F32 rounded(F32 x, S) {
-    return widen(x.narrow(S{}), S{});
-  }
+  static F32 rounded(F32 x, BFloat16) { return float_of(bit_and(x.nearest(), Bits(0xffff0000u))); }
+  static F32 rounded(F32 x, Half) { return widen(x.narrow(Half{}), Half{}); }
   friend Bits bits_of(F32 x) { return _mm512_castps_si512(x.v); }
   static F32 float_of(Bits bits) { return _mm512_castsi512_ps(bits.v); }
-  friend Bits truncated(F32 x) { return _mm512_cvttps_epi32(x.v); }
+  friend F32 min(F32 a, F32 b) { return _mm512_min_ps(a.v, b.v); }
+  friend F32 max(F32 a, F32 b) { return _mm512_max_ps(a.v, b.v); }
+  friend Bits if_ordered(F32 x, Bits yes, Bits no) {
+    return _mm512_mask_mov_epi32(no.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), yes.v);
+  }
 
   friend F32 add(F32 a, F32 b) { return _mm512_add_ps(a.v, b.v); }
   friend F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a.v, b.v); }
@@ -207,7 +225,7 @@ struct F32 {
     out[1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
   }
   friend F32 flush_subnormal(F32 a) {
-    const __mmask16 small = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(0x1p-126f), _CMP_LT_OQ);
+    const __mmask16 small = _mm512_fpclass_ps_mask(a.v, 0x20);
     return _mm512_mask_and_ps(a.v, small, a.v, _mm512_set1_ps(-0.0f));
   }
 };

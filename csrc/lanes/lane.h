@@ -20,17 +20,19 @@
 //
 //   Lane::Bits                           as many unsigned integers of 32 bits, see below
 //   bits_of(x), float_of(Bits)           the same bits
-//   truncated(x)                         to integers, of 0 <= x < 2^31
+//   if_ordered(x, a, b)                  x is no NaN ? a : b, of Bits
+//   min(a, b), max(a, b)                 a < b ? a : b, a > b ? a : b
 //   Lane::rounded(x, S)                  as store() and load() of storage type S would leave it
 //
 // and Bits
 //
 //   Bits(uint32_t), Bits::count_from(first)   first, first + 1, ...
-//   Bits::load(const I*), load(p, n), store(I*), store(p, n)   of integers of 8 or 16 bits; stored: the low ones
-//   add sub mul bit_and bit_or bit_xor, x.left<k>() x.right<k>()   modulo 2^32, shifts by k
+//   Bits::load(const I*), load(p, n), store(I*)   of integers of 8, 16 or 32 bits; stored: the low ones
+//   Bits::load_upper(const uint16_t*), load_upper(p, n), store_upper(uint16_t*)   of the upper halves
+//   add sub bit_and bit_or bit_xor, x.left<k>() x.right<k>()   modulo 2^32, shifts by k
+//   x.next_words<k>()                    words of 16 bits: in each 8 of them, the one k further on, cyclically
 //   min(a, b), max(a, b)                 unsigned
 //   largest(a)                           of its elements
-//   if_less(a, b, x, y)                  a < b ? x : y, as signed integers
 //   if_same(a, b, x, y)                  a == b ? x : y
 //   mul_wide(a, constant, &high, &low)   the product's halves
 //   store_in_turn(a, b, c, d, p)         a0 b0 c0 d0 a1 b1 ...
@@ -47,6 +49,10 @@
 #else
 #define FUSEDOPT_HD
 #endif
+
+// A condition that is the same for many elements: what follows from it is moved out of, or into, the straight line.
+#define FUSEDOPT_RARELY(condition) __builtin_expect(static_cast<bool>(condition), 0)
+#define FUSEDOPT_MOSTLY(condition) __builtin_expect(static_cast<bool>(condition), 1)
 
 namespace fusedopt {
 

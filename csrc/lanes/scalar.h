@@ -63,29 +63,25 @@ struct Bits {
 
   template <class I>
   FUSEDOPT_HD static Bits load(const I* p) {
-    return each([p](int k) { return uint32_t{p[k]}; });
+    return each([p](int k) { return static_cast<uint32_t>(p[k]); });
   }
   template <class I>
   FUSEDOPT_HD static Bits load(const I* p, int n) {
-    return each([p, n](int k) { return k < n ? uint32_t{p[k]} : 0u; });
+    return each([p, n](int k) { return k < n ? static_cast<uint32_t>(p[k]) : 0u; });
   }
+  FUSEDOPT_HD static Bits load_upper(const uint16_t* p) { return load(p).template left<16>(); }
+  FUSEDOPT_HD static Bits load_upper(const uint16_t* p, int n) { return load(p, n).template left<16>(); }
   template <class I>
   FUSEDOPT_HD void store(I* p) const {
     for (int k = 0; k < N; ++k) p[k] = static_cast<I>(v[k]);
   }
-  template <class I>
-  FUSEDOPT_HD void store(I* p, int n) const {
-    for (int k = 0; k < n; ++k) p[k] = static_cast<I>(v[k]);
-  }
+  FUSEDOPT_HD void store_upper(uint16_t* p) const { right<16>().store(p); }
 
   FUSEDOPT_HD friend Bits add(Bits a, Bits b) {
     return each([&](int k) { return a.v[k] + b.v[k]; });
   }
   FUSEDOPT_HD friend Bits sub(Bits a, Bits b) {
     return each([&](int k) { return a.v[k] - b.v[k]; });
-  }
-  FUSEDOPT_HD friend Bits mul(Bits a, Bits b) {
-    return each([&](int k) { return a.v[k] * b.v[k]; });
   }
   FUSEDOPT_HD friend Bits bit_and(Bits a, Bits b) {
     return each([&](int k) { return a.v[k] & b.v[k]; });
@@ -104,6 +100,13 @@ struct Bits {
   FUSEDOPT_HD Bits right() const {
     return each([&](int k) { return v[k] >> count; });
   }
+  template <int count>
+  FUSEDOPT_HD Bits next_words() const {
+    return each([&](int k) {
+      const uint32_t low = v[k - k % 4 + (k + count / 2) % 4], high = v[k - k % 4 + (k + count / 2 + 1) % 4];
+      return count % 2 == 0 ? low : low >> 16 | high << 16;
+    });
+  }
   FUSEDOPT_HD friend Bits min(Bits a, Bits b) {
     return each([&](int k) { return a.v[k] < b.v[k] ? a.v[k] : b.v[k]; });
   }
@@ -114,10 +117,6 @@ struct Bits {
     uint32_t most = 0;
     for (int k = 0; k < N; ++k) most = a.v[k] > most ? a.v[k] : most;
     return most;
-  }
-  FUSEDOPT_HD friend Bits if_less(Bits a, Bits b, Bits yes, Bits no) {
-    return each(
-        [&](int k) { return static_cast<int32_t>(a.v[k]) < static_cast<int32_t>(b.v[k]) ? yes.v[k] : no.v[k]; });
   }
   FUSEDOPT_HD friend Bits if_same(Bits a, Bits b, Bits yes, Bits no) {
     return each([&](int k) { return a.v[k] == b.v[k] ? yes.v[k] : no.v[k]; });
@@ -190,8 +189,14 @@ struct Lane {
   FUSEDOPT_HD static Lane float_of(Bits bits) {
     return each([&](int k) { return bits_to_float(bits.v[k]); });
   }
-  FUSEDOPT_HD friend Bits truncated(Lane x) {
-    return Bits::each([&](int k) { return static_cast<uint32_t>(static_cast<int32_t>(x.v[k])); });
+  FUSEDOPT_HD friend Lane min(Lane a, Lane b) {
+    return each([&](int k) { return a.v[k] < b.v[k] ? a.v[k] : b.v[k]; });
+  }
+  FUSEDOPT_HD friend Lane max(Lane a, Lane b) {
+    return each([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
+  }
+  FUSEDOPT_HD friend Bits if_ordered(Lane x, Bits yes, Bits no) {
+    return Bits::each([&](int k) { return x.v[k] == x.v[k] ? yes.v[k] : no.v[k]; });
   }
 
   template <class S>

@@ -185,7 +185,8 @@ void encode_all(const Coded& coded, int k) {
 template <class C>
 void decode_all(const Coded& coded, int k) {
   coded.each_block(k, [](float* values, const uint8_t* codes, int64_t count, const float* scale) {
-    for (int64_t i = 0; i < count; ++i) values[i] = C::decode(One::Bits(codes[i]), One(*scale)).v[0];
+    const CodeScale<One> of_block = C::template scaled<One>(*scale);
+    for (int64_t i = 0; i < count; ++i) values[i] = C::decode(One::Bits(codes[i]), of_block).v[0];
   });
 }
 

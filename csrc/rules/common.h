@@ -70,9 +70,9 @@ struct Common {
   // each of the values that add up.
   template <class Lane>
   FUSEDOPT_HD static inline Lane value(const Scalars<typename Lane::Scalar>& s, Lane grad) {
-    if (s.flags & kUnscale) grad = mul(grad, Lane(s.inv_scale));
-    if (s.flags & kClip) grad = mul(grad, Lane(s.clip));
-    if (s.flags & kMaximize) grad = neg(grad);
+    if (FUSEDOPT_RARELY(s.flags & kUnscale)) grad = mul(grad, Lane(s.inv_scale));
+    if (FUSEDOPT_RARELY(s.flags & kClip)) grad = mul(grad, Lane(s.clip));
+    if (FUSEDOPT_RARELY(s.flags & kMaximize)) grad = neg(grad);
     return grad;
   }
 
@@ -80,7 +80,7 @@ struct Common {
   template <class Lane>
   FUSEDOPT_HD static inline Lane decayed(const Scalars<typename Lane::Scalar>& s, Lane grad, Lane param) {
     grad = value(s, grad);
-    if (s.flags & kL2Decay) grad = fma(param, Lane(s.decay), grad);
+    if (FUSEDOPT_RARELY(s.flags & kL2Decay)) grad = fma(param, Lane(s.decay), grad);
     return grad;
   }
 
@@ -88,7 +88,7 @@ struct Common {
   template <class Lane>
   FUSEDOPT_HD static inline Lane average(const Scalars<typename Lane::Scalar>& s, Lane ema, Lane param) {
     const Lane difference = sub(param, ema);
-    if (s.flags & kAverageFromParam) ema = param;
+    if (FUSEDOPT_RARELY(s.flags & kAverageFromParam)) ema = param;
     return fma(Lane(s.ema_weight), difference, ema);
   }
 };

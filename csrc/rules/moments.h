@@ -102,10 +102,10 @@ struct Moments : Common {
     Lane& exp_avg_sq = states[kExpAvgSq];
 
     grad = decayed(s, grad, param);
-    if (s.flags & kDecoupledDecay) param = mul(param, Lane(s.decay));
+    if (FUSEDOPT_MOSTLY(s.flags & kDecoupledDecay)) param = mul(param, Lane(s.decay));
 
     const Lane difference = sub(grad, exp_avg);
-    if (s.flags & kLerpFromGrad) exp_avg = grad;
+    if (FUSEDOPT_RARELY(s.flags & kLerpFromGrad)) exp_avg = grad;
     exp_avg = fma(Lane(s.lerp_weight), difference, exp_avg);
     // Not grad * grad first: that overflows from |grad| > 1.8e19.
     exp_avg_sq = fma(mul(Lane(s.one_minus_beta2), grad), grad, mul(exp_avg_sq, Lane(s.beta2)));
@@ -119,7 +119,7 @@ struct Moments : Common {
   // When the parameter has been updated from them.
   template <class Lane>
   FUSEDOPT_HD static inline void flush(const Scalars<typename Lane::Scalar>& s, Lane* states) {
-    if (s.flags & kFlushSubnormals) {
+    if (FUSEDOPT_MOSTLY(s.flags & kFlushSubnormals)) {
       states[kExpAvg] = flush_subnormal(states[kExpAvg]);
       states[kExpAvgSq] = flush_subnormal(states[kExpAvgSq]);
     }
