@@ -1,5 +1,5 @@
 // Rows whose streams are stored in forms of their own (form.h): included by step.h. What a stream is is found out as it
-// is read, by branches that the processor foresees, so that three instantiations of a rule serve all forms.
+// is read, by branches that the processor foresees, so that five instantiations of a rule serve all forms.
 #pragma once
 
 #include <cstring>

@@ -74,6 +74,10 @@ struct Bits {
     const __m256i odd = _mm256_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_castsi256_si512(odd), v));
   }
+  __m256i lower() const {
+    const __m256i even = _mm256_set_epi16(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_castsi256_si512(even), v));
+  }
 
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static Bits load(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -90,7 +94,7 @@ struct Bits {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
-  void store(uint16_t* p) const { left<16>().store_upper(p); }
+  void store(uint16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), lower()); }
   void store(uint8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   void store_upper(uint16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), upper()); }
 
