@@ -452,17 +452,19 @@ class FusedOptimizer(Optimizer):
                 changed.
         """
         cast: list[str] = []
+        warn: list[str] = []
         # The last of the pre-hooks sees what is really loaded.
         handle = self.register_load_state_dict_pre_hook(
-            lambda _, checkpoint: precision.prepare(self, checkpoint, convert, cast)
+            lambda _, checkpoint: precision.prepare(self, checkpoint, convert, cast, warn)
         )
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
         if cast:
-            warnings.warn(
+            warn.append(
                 f"{type(self).__name__}.load_state_dict: {len(cast)} state tensors were cast to the dtype of their "
-                f"parameters, the first: {cast[0]}",
-                stacklevel=2,
+                f"parameters, the first: {cast[0]}"
             )
+        for message in warn:
+            warnings.warn(message, stacklevel=2)

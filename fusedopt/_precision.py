@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,15 +15,19 @@ if TYPE_CHECKING:
 OPTIONS = ("master_weights", "rounding", "state_dtype", "seed")
 COMPANIONS = ("master_param", "param_remainder", "compensation")
 _SIGNED = {"exp_avg"}  # the others are never negative, and have other codes
+_CONVERT = "load_state_dict(..., convert=True) converts it"
+
+
+def _blocks(param: Tensor) -> tuple[int, int]:
+    """Of codes: rows of dimension 0, and the blocks of each."""
+    rows, numel = param.shape[0] if param.dim() else 1, param.numel()
+    return rows, -(-(numel // rows if rows and numel else 1) // _C.code_block)
 
 
 def encode(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """The 8-bit codes of a parameter's state tensors, rounded to nearest, and the scales of their blocks."""
     first = next(iter(values.values()))
-    shape = (first.shape[0] if first.dim() else 1, 1, len(values))
-    rows, numel = shape[0], first.numel()
-    blocks = -(-(numel // rows if rows and numel else 1) // _C.code_block)
-    scales = torch.zeros(rows, blocks, len(values), dtype=torch.float32, device="cpu")
+    scales = torch.zeros(*_blocks(first), len(values), dtype=torch.float32, device="cpu")
     codes = {}
     for k, (name, value) in enumerate(values.items()):
         code = torch.zeros(value.shape, dtype=torch.uint8, device="cpu")
@@ -183,11 +186,12 @@ def _describe(group: dict[str, Any]) -> str:
 
 
 def prepare(
-    optimizer: FusedOptimizer, checkpoint: dict[str, Any], convert: bool, cast: list[str]
+    optimizer: FusedOptimizer, checkpoint: dict[str, Any], convert: bool, cast: list[str], warn: list[str]
 ) -> dict[str, Any] | None:
     """What torch is given to load: state that is right already, and must not be cast, in a wrapping.
 
-    `cast` takes what torch will cast. Changes nothing; raises where the state is not what the options need.
+    `cast` takes what torch will cast, `warn` what the caller is to be told. Changes nothing; raises where the state is
+    not what the options need.
     """
     groups = checkpoint["param_groups"]
     lengths = [len(group["params"]) for group in groups]
@@ -200,10 +204,9 @@ def prepare(
         if convert:
             group.update({name: live[name] for name in OPTIONS})
         elif any(group[name] != live[name] for name in OPTIONS[:3]):
-            warnings.warn(
+            warn.append(
                 f"{cls}.load_state_dict: param_groups[{index}] takes {_describe(saved)} from the checkpoint, "
-                f"instead of {_describe(live)}; load_state_dict(..., convert=True) keeps these, and converts the state",
-                stacklevel=4,
+                f"instead of {_describe(live)}; load_state_dict(..., convert=True) keeps these, and converts the state"
             )
         merged.append(group)
 
@@ -217,7 +220,7 @@ def prepare(
             if convert:
                 state = _convert(param, form, state)
             if form:
-                _check(cls, live, index, form, state)
+                _check(cls, live, index, param, form, state)
                 states[key] = {
                     name: _Exact(value) if isinstance(value, Tensor) and name != "step" else value
                     for name, value in state.items()
@@ -243,16 +246,19 @@ def prepare(
     return {**checkpoint, "state": states, "param_groups": groups}
 
 
-def _fail(cls: str, group: dict[str, Any], index: int, problem: str) -> None:
+def _fail(cls: str, group: dict[str, Any], index: int, problem: str, remedy: str = _CONVERT) -> None:
     names = group.get("param_names", ())
     name = f" ({names[index]!r})" if index < len(names) else ""
     raise ValueError(
         f"{cls}.load_state_dict: the checkpoint's state of parameter {index} of a group{name} {problem}; "
-        "load_state_dict(..., convert=True) converts it. Nothing was changed"
+        f"{remedy}. Nothing was changed"
     )
 
 
-def _check(cls: str, group: dict[str, Any], index: int, form: dict[str, torch.dtype], state: dict[str, Any]) -> None:
+def _check(
+    cls: str, group: dict[str, Any], index: int, param: Tensor, form: dict[str, torch.dtype], state: dict[str, Any]
+) -> None:
+    num_coded = sum(dtype == torch.uint8 for dtype in form.values())
     for name, dtype in form.items():
         value = state.get(name)
         if not isinstance(value, Tensor):
@@ -260,6 +266,11 @@ def _check(cls: str, group: dict[str, Any], index: int, form: dict[str, torch.dt
                 _fail(cls, group, index, f"lacks {name!r}, which its options need")
         elif value.dtype != dtype:
             _fail(cls, group, index, f"has {name!r} in {value.dtype}, and its options need {dtype}")
+        else:
+            wanted = (*_blocks(param), num_coded) if name == "scales" else tuple(param.shape)
+            if tuple(value.shape) != wanted:
+                what = f"has {name!r} of shape {tuple(value.shape)}, and a parameter of shape {tuple(param.shape)}"
+                _fail(cls, group, index, f"{what} needs {wanted}", "is it that of another model?")
 
 
 def unwrap(optimizer: FusedOptimizer) -> None:

@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -1103,8 +1104,25 @@ def copied(way: str, row: Row, case: Case, optimizer: Optimizer) -> Optimizer:
     group = fresh.param_groups[0]
     changes = other_form != (group["state_dtype"], *(group[name] for name in OPTIONS[:2]))
     assert len(said) == changes
-    assert all("from the checkpoint" in str(warning.message) for warning in said)
+    assert all("from the checkpoint" in str(warning.message) and warning.filename == __file__ for warning in said)
     return fresh
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "scales", "param_remainder"])
+def test_state_of_another_shape_is_not_loaded(name: str) -> None:
+    param = Parameter(torch.randn(4, 300).bfloat16())
+    param.grad = torch.randn(4, 300).bfloat16()
+    optimizer = fusedopt.Adam([param], master_weights="split", state_dtype="int8")
+    optimizer.step()
+    saved, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][name] = saved["state"][0][name][:, :1]
+    shape, wanted = ((4, 1, 2), (4, 3, 2)) if name == "scales" else ((4, 1), (4, 300))
+    with pytest.raises(
+        ValueError, match=re.escape(f"{name!r} of shape {shape}, and a parameter of shape (4, 300) needs {wanted}")
+    ):
+        optimizer.load_state_dict(saved)
+    for key, value in before["state"][0].items():
+        assert_same_bits(optimizer.state[param][key], value)
 
 
 @pytest.mark.parametrize("way", ["pickle", "deepcopy", "state_dict", "without_options", "file"])

@@ -333,8 +333,7 @@ class FormWalk {
   }
 
   void walk(int64_t begin, int64_t end) {
-    Draws draws;
-    if (form_.draws()) run_.draws = &draws;
+    if (form_.draws()) run_.draws = &draws_;
     const bool copies = row_.layout || stats_;
     for (int64_t at = begin; at < end;) {
       const int64_t most = copies ? kRun : kFormRun;
@@ -434,6 +433,7 @@ class FormWalk {
   int stream_[kNumSlots];  // -1: the row has none
   const Common::Scalars<float> common_;
   const Drawing drawing_;
+  Draws draws_;
   FormRun::Seen seen_;
   FormRun run_;
 };

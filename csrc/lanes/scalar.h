@@ -61,19 +61,29 @@ struct Bits {
     return each([first](int k) { return first + static_cast<uint32_t>(k); });
   }
 
+  // Through memcpy, as below, and because draws are written as words and read as halves.
+  template <class I>
+  FUSEDOPT_HD static uint32_t load_one(const I* p) {
+    I x;
+    std::memcpy(&x, p, sizeof x);
+    return static_cast<uint32_t>(x);
+  }
   template <class I>
   FUSEDOPT_HD static Bits load(const I* p) {
-    return each([p](int k) { return static_cast<uint32_t>(p[k]); });
+    return each([p](int k) { return load_one(p + k); });
   }
   template <class I>
   FUSEDOPT_HD static Bits load(const I* p, int n) {
-    return each([p, n](int k) { return k < n ? static_cast<uint32_t>(p[k]) : 0u; });
+    return each([p, n](int k) { return k < n ? load_one(p + k) : 0u; });
   }
   FUSEDOPT_HD static Bits load_upper(const uint16_t* p) { return load(p).template left<16>(); }
   FUSEDOPT_HD static Bits load_upper(const uint16_t* p, int n) { return load(p, n).template left<16>(); }
   template <class I>
   FUSEDOPT_HD void store(I* p) const {
-    for (int k = 0; k < N; ++k) p[k] = static_cast<I>(v[k]);
+    for (int k = 0; k < N; ++k) {
+      const I x = static_cast<I>(v[k]);
+      std::memcpy(p + k, &x, sizeof x);
+    }
   }
   FUSEDOPT_HD void store_upper(uint16_t* p) const { right<16>().store(p); }
 

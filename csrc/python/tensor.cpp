@@ -110,8 +110,8 @@ double TensorView::first() const {
     case DType::kFloat64: return std::memcpy(&f64, data, sizeof f64), f64;
     case DType::kBFloat16: return std::memcpy(&bf16, data, sizeof bf16), to_float(bf16);
     case DType::kFloat16: return std::memcpy(&f16, data, sizeof f16), to_float(f16);
+    default: return 0;
   }
-  return 0;
 }
 
 std::string device_name(int device) { return device == kCpu ? "cpu" : "cuda:" + std::to_string(device); }
