@@ -776,7 +776,7 @@ def test_stochastic_rounding_is_unbiased(dtype: torch.dtype) -> None:
     param, twin = Parameter(first.clone()), Parameter(first.float())
     stochastic = fusedopt.Adam([param], lr=1e-3, rounding="stochastic", state_dtype=torch.float32, seed=5)
     float32 = fusedopt.Adam([twin], lr=1e-3)
-    total, variance, related = 0.0, 0.0, np.zeros(5)
+    total, outward, variance, related = 0.0, 0.0, 0.0, np.zeros(5)
     before = None
     for step in range(steps):
         grad = torch.randn(numel, generator=generator(100 + step)).to(dtype)
@@ -793,12 +793,14 @@ def test_stochastic_rounding_is_unbiased(dtype: torch.dtype) -> None:
         up = (x.double() - below) / width  # the probability of rounding up
         error = (stored - x.double()) / width
         total += error.sum().item()
+        outward += (error * x.sign()).sum().item()
         variance += (up * (1 - up)).sum().item()
         related[:4] += [float((error[lag:] * error[:-lag]).sum()) for lag in (1, 8, 127, 128)]
         if before is not None:
             related[4] += float((error * before).sum())
         before = error
     assert abs(total) < 4 * math.sqrt(variance)
+    assert abs(outward) < 4 * math.sqrt(variance)  # what both signs have, and their sum does not
     assert variance > 0.05 * numel * steps
     # A product of two independent errors has at most the variance 1/16; the mean of ours is variance / draws.
     assert (np.abs(related) < 4 * math.sqrt(numel * steps) * variance / (numel * steps)).all()
