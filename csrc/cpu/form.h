@@ -196,9 +196,12 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
   Bits most[kNumStates + 1];
   Lane inverse[kNumStates + 1];
   bool is_zero[kNumStates + 1];
+  const auto draws_at = [&](int tensor, int64_t i) __attribute__((always_inline)) {
+    return Bits::load(static_cast<const uint16_t*>(run.draws->of[tensor]) + run.ahead + i);
+  };
   const auto encode = [&](int k, int64_t begin, int64_t i, int half) __attribute__((always_inline)) {
     const Lane x = Lane::load(values[half][k] + i);
-    const Bits draws = Bits::load(static_cast<const uint16_t*>(run.draws->of[1 + k]) + run.ahead + begin + i);
+    const Bits draws = draws_at(1 + k, begin + i);
     const Bits code =
         Rule::is_signed(k) ? SignedCode::encode(x, inverse[k], draws) : UnsignedCode::encode(x, inverse[k], draws);
     code.store(reinterpret_cast<uint8_t*>(run.data[kState + k]) + begin + i);
@@ -210,10 +213,10 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
   };
 
   Drawer<Bits> drawer(*where.drawing, run.drawn_from, run.draws);
-  if (run.draws) drawer.make_until(run.ahead + (count < kDrawGroup ? count : kDrawGroup));
+  const bool draws = Rule::kWritesParam && run.draws;  // a pause, which has only to be measured, does not
+  if (draws) drawer.make_until(run.ahead + (count < kDrawGroup ? count : kDrawGroup));
   const int64_t piece = kCoded ? kCodeBlock : count;
-  const std::byte* const companion = run.data[form.companion != Companion::kNone ? kCompanionSlot : kParam];
-  const int64_t companion_size = run.size[form.companion != Companion::kNone ? kCompanionSlot : kParam];
+  const int companion = form.companion != Companion::kNone ? kCompanionSlot : kParam;
   int half = 0;
   for (int64_t begin = 0; begin < count; begin += piece) {
     const int64_t end = begin + piece < count ? begin + piece : count;
@@ -228,10 +231,7 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
       for (int slot = 0; slot < kState + kNumStates; ++slot) {
         if (slot != kGrad || Rule::kReadsGrad) __builtin_prefetch(run.data[slot] + next * run.size[slot]);
       }
-      __builtin_prefetch(companion + next * companion_size);
-      const auto draws = [&](int which) __attribute__((always_inline)) {
-        return Bits::load(static_cast<const uint16_t*>(run.draws->of[which]) + run.ahead + i);
-      };
+      __builtin_prefetch(run.data[companion] + next * run.size[companion]);
       Lane param = load_param<Lane>(form, memory), grad(0.0f);
       if constexpr (Rule::kReadsGrad) grad = memory.template load<Lane>(kGrad, form.grad);
       Lane states[kNumStates + 1];
@@ -250,7 +250,7 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
       const Lane added = Rule::template update<variant>(s, param, grad, states);
 
       if constexpr (Rule::kWritesParam)
-        store_param(form, param, [&]() __attribute__((always_inline)) { return draws(0); }, memory);
+        store_param(form, param, [&]() __attribute__((always_inline)) { return draws_at(0, i); }, memory);
       for (int k = 0; k < kNumStates; ++k) {
         if constexpr (kCoded) {
           states[k].store(values[half][k] + (i - begin));
@@ -258,15 +258,13 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
           if (begin > 0) encode(k, begin - kCodeBlock, i - begin, 1 - half);
         } else if constexpr (kind == States::kFloat32) {
           memory.store(kState + k, DType::kFloat32, states[k]);
+        } else if (FUSEDOPT_RARELY(!form.stochastic_state)) {  // a moving average
+          memory.store(kState + k, form.state, states[k]);
         } else {
-          if (FUSEDOPT_RARELY(!form.stochastic_state)) {  // a moving average
-            memory.store(kState + k, form.state, states[k]);
-          } else {
-            store_drawn(form.state, states[k], draws(1 + k), kState + k, memory);
-          }
+          store_drawn(form.state, states[k], draws_at(1 + k, i), kState + k, memory);
         }
       }
-      if (run.draws && i & Lane::kWidth) drawer.make_some();
+      if (draws && i & Lane::kWidth) drawer.make_some();
       if (FUSEDOPT_RARELY(Rule::kHasCompany && run.ema != Ema::kNone)) {
         const Lane now = averaged(form, param, memory);
         Lane average = now;
