@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 import fusedopt
 from fusedopt._config import _C
 
-from . import harness, phase, precision
+from . import harness, phase, precision, sharded
 from .harness import (
     FIRST_STEPS,
     FOREACH,
@@ -474,6 +474,7 @@ BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {
     "sparse": sparse,
     **phase.BENCHMARKS,
     **precision.BENCHMARKS,
+    **sharded.BENCHMARKS,
     "import": import_time,
     "build": build,
 }

@@ -12,7 +12,7 @@ namespace fusedopt {
 enum class Companion : uint8_t {
   kNone,
   kMaster,        // that value in float32
-  kRemainder,     // what bfloat16 lacks of it, in 16 bits
+  kRemainder,     // what bfloat16 lacks of it: a signed integer, in the bits of a bfloat16
   kCompensation,  // what rounding took (Kahan), in the parameter's dtype
 };
 
@@ -28,6 +28,9 @@ struct Form {
   int8_t num_states = 0;
   uint32_t position = 0;  // of the parameter, in the draws
   uint64_t seed = 0;
+  // Of a part of a larger tensor, where its elements lie there, in row-major order: runs of so many, the first at
+  // `first`, their beginnings `stride` apart. 0: all in one run.
+  int64_t first = 0, run = 0, stride = 0;
   int64_t row_numel = 1;  // elements of a row of dimension 0: where the state is codes, no block crosses one
 
   FUSEDOPT_HD bool is_coded() const { return state == DType::kCode; }
@@ -51,11 +54,16 @@ struct Form {
     if (stream < scales()) return state;
     if (is_coded() && stream == scales()) return DType::kFloat32;
     if (companion != Companion::kNone && stream == companion_stream())
-      return companion == Companion::kMaster      ? DType::kFloat32
-             : companion == Companion::kRemainder ? DType::kInt16
-                                                  : param;
+      return companion == Companion::kMaster ? DType::kFloat32 : param;
     return ema;
   }
+
+  // The place of an element in the whole tensor, by which it is drawn for.
+  FUSEDOPT_HD int64_t whole(int64_t element) const {
+    return run == 0 ? first + element : first + element / run * stride + element % run;
+  }
+  // Do four elements that begin at a multiple of four lie so in the whole tensor?
+  FUSEDOPT_HD bool keeps_fours() const { return (first | run | stride) % 4 == 0; }
 
   FUSEDOPT_HD int64_t blocks_per_row() const { return (row_numel + kCodeBlock - 1) / kCodeBlock; }
   // The first element, from this one on, that a block begins with.
@@ -89,7 +97,8 @@ struct Form {
   bool operator==(const Form& o) const {
     return param == o.param && grad == o.grad && state == o.state && ema == o.ema && companion == o.companion &&
            stochastic_param == o.stochastic_param && stochastic_state == o.stochastic_state &&
-           num_states == o.num_states && position == o.position && seed == o.seed && row_numel == o.row_numel;
+           num_states == o.num_states && position == o.position && seed == o.seed && first == o.first && run == o.run &&
+           stride == o.stride && row_numel == o.row_numel;
   }
 };
 

@@ -15,8 +15,8 @@ constexpr int kMaxStates = 3;
 constexpr int kMaxStreams = kState + kMaxStates + 3;
 constexpr int kMaxDims = 64;  // torch's own limit
 
-// Of a row: what all of its streams are, or kMixed, which form.h has more about. The others are state's alone.
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kMixed, kCode, kInt16 };
+// Of a row: what all of its streams are, or kMixed, which form.h has more about. Codes are state's alone.
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kMixed, kCode };
 constexpr int kNumDTypes = 5;
 
 // The dimensions of a parameter whose streams are not all dense in one common order: sorted by the parameter's
@@ -66,9 +66,9 @@ enum class Ema : uint8_t { kNone, kCopy, kMove };
 // What is wanted of a row beside its update.
 struct Beside {
   Ema ema = Ema::kNone;
-  MeasureFn measure = nullptr;
-  NormPart* norm = nullptr;    // one for each kPart elements, where measure() writes
-  StatsPart* stats = nullptr;  // the same, where update() writes; null: they are not wanted
+  MeasureFn measure = nullptr;  // null: it is another process's to measure
+  NormPart* norm = nullptr;     // one for each kPart elements, where measure() writes
+  StatsPart* stats = nullptr;   // the same, where update() writes; null: they are not wanted
 };
 
 struct TensorRow {

@@ -55,7 +55,8 @@ class FusedOptimizer(Optimizer):
             the mean is right; "kahan", to nearest, what that takes away being kept in the parameter's dtype, as
             "compensation" (default: "nearest").
         state_dtype: of the rule's state: torch.float32, torch.bfloat16, or "int8", codes of 8 bits with a scale for
-            each 128 (default: None: float32 with masters, else the parameter's). Stochastically rounded where it is
+            each 128 (default: None: float32 with masters, else the parameter's). The groups keep a dtype by its name,
+            because torch's collectives of checkpoints do not know dtypes. Stochastically rounded where it is
             not float32, but for what is plain, as torch's.
         seed: of all stochastic rounding, 0 <= seed < 2**64 (default: 0). With the step, the parameter's position and
             the element's row-major index it determines every draw.
@@ -112,10 +113,10 @@ class FusedOptimizer(Optimizer):
             "ema_decay": ema_decay,
             "stats": stats,
         }
-        precision = {"master_weights": master_weights, "rounding": rounding, "state_dtype": state_dtype, "seed": seed}
-        _C.check_options({**phase, **precision}, type(self).__name__)
+        of_storage = {"master_weights": master_weights, "rounding": rounding, "state_dtype": state_dtype, "seed": seed}
+        _C.check_options({**phase, **of_storage}, type(self).__name__)
         super().__init__(params, *args, **kwargs)
-        self._add_options(**phase, **precision)
+        self._add_options(**phase, **precision.portable_options(of_storage))
 
     def _add_options(self, **options: Any) -> None:
         """Give the groups, those to come too, options that the torch class's constructor does not take."""
@@ -123,6 +124,12 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in options.items():
                 group.setdefault(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does."""
+        if isinstance(param_group, dict):
+            param_group.update(precision.portable_options(param_group))
+        super().add_param_group(param_group)
 
     # GradScaler hands its scale and its verdict to the step (`grad_scale`, `found_inf`) instead of unscaling first.
     # Torch's own path, taken when differentiable, cannot honour them; nor can a step that counts on the CPU know a
@@ -371,19 +378,24 @@ class FusedOptimizer(Optimizer):
 
             def new_state(param: Tensor, names: list[Any]) -> dict[str, Tensor]:
                 made: dict[str, Tensor] = {}
+                here, known = precision.part_here(param, self.state.get(param, {}))
                 for entry in names:
                     name, dtype = entry if isinstance(entry, tuple) else (entry, None)
                     made[name] = (
-                        next(steps[next(at_next)]) if name == "step" else self._new_state(param, name, dtype, made)
+                        next(steps[next(at_next)])
+                        if name == "step"
+                        else self._new_state(here, known, name, dtype, made)
                     )
-                return made
+                return precision.whole(param, made)
 
             return [new_state(param, names) for param, names, _ in missing]
 
-    def _new_state(self, param: Tensor, name: str, dtype: str | None, others: dict[str, Tensor]) -> Tensor:
+    def _new_state(
+        self, param: Tensor, known: dict[str, Any], name: str, dtype: str | None, others: dict[str, Tensor]
+    ) -> Tensor:
         kind: torch.dtype = getattr(torch, dtype) if dtype else param.dtype
         if name in ("ema", "master_param"):  # they begin with what the parameter is
-            full = precision.full_value(param, self.state.get(param, {})) if kind != param.dtype else None
+            full = precision.full_value(param, known) if kind != param.dtype else None
             begin = param.detach() if full is None else full
             return begin.to(kind, copy=True, memory_format=torch.preserve_format)
         if name in ("param_remainder", "compensation"):
@@ -403,6 +415,7 @@ class FusedOptimizer(Optimizer):
         for loaded, live in zip(state["param_groups"], self.__dict__.get("param_groups", ()), strict=False):
             for key, value in live.items():
                 loaded.setdefault(key, value)
+            loaded.update(precision.portable_options(loaded))
             # torch has placed the step counts by what the checkpoint says.
             if _counts_on_device(loaded):
                 for param in loaded["params"]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import _sharding as sharding
 from ._config import _C
 
 if TYPE_CHECKING:
@@ -18,10 +19,36 @@ _SIGNED = {"exp_avg"}  # the others are never negative, and have other codes
 _CONVERT = "load_state_dict(..., convert=True) converts it"
 
 
+def portable_options(group: dict[str, Any]) -> dict[str, Any]:
+    """Options of a group as checkpoints can have them: a dtype by its name."""
+    dtype = group.get("state_dtype")
+    return {**group, "state_dtype": str(dtype).removeprefix("torch.")} if isinstance(dtype, torch.dtype) else group
+
+
 def _blocks(param: Tensor) -> tuple[int, int]:
     """Of codes: rows of dimension 0, and the blocks of each."""
-    rows, numel = param.shape[0] if param.dim() else 1, param.numel()
-    return rows, -(-(numel // rows if rows and numel else 1) // _C.code_block)
+    return param.shape[0] if param.dim() else 1, -(-max(param.shape[1:].numel(), 1) // _C.code_block)
+
+
+def part_here(param: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """A parameter and its state; of DTensors, the parts that this process has."""
+    if not sharding.is_distributed(param):
+        return param, state
+    return sharding.local(param), {name: sharding.local(value) for name, value in state.items()}
+
+
+def whole(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """The reverse: the state of a DTensor, of which the parts are given, as DTensors placed like it."""
+    if not sharding.is_distributed(param):
+        return state
+
+    def wrapped(name: str, value: Any) -> Any:
+        if name == "step" or not isinstance(value, Tensor) or sharding.is_distributed(value):
+            return value
+        last_dims = (*_blocks(param)[1:], value.shape[-1]) if name == "scales" else None
+        return sharding.wrap(value, param, last_dims)
+
+    return {name: wrapped(name, value) for name, value in state.items()}
 
 
 def encode(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -63,7 +90,7 @@ def full_value(param: Tensor, state: dict[str, Any]) -> Tensor | None:
         return torch.where(_rounded(master, param.dtype) == param, master, param.float())
     if "param_remainder" in state and param.dtype == torch.bfloat16:
         high = param.contiguous().view(torch.int16).to(torch.int32) << 16
-        joined: Tensor = (high + state["param_remainder"].to(torch.int32)).view(torch.float32)
+        joined: Tensor = (high + state["param_remainder"].view(torch.int16).to(torch.int32)).view(torch.float32)
         return torch.where(joined.isnan(), param.float(), joined)
     if "compensation" in state and state["compensation"].dtype == param.dtype:
         lost: Tensor = state["compensation"]
@@ -91,7 +118,7 @@ def _companion(name: str, dtype: torch.dtype, param: Tensor, value: Tensor) -> T
     bits = value.contiguous().view(torch.int32)
     low = (bits - (((bits + 0x8000) >> 16) << 16)).to(torch.int16)
     same = _rounded(value, torch.bfloat16) == param.detach()
-    return torch.where(same & ~value.isnan(), low, torch.zeros_like(low))
+    return torch.where(same & ~value.isnan(), low, torch.zeros_like(low)).view(dtype)
 
 
 def _form(optimizer: FusedOptimizer, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
@@ -162,14 +189,16 @@ def portable(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str,
         if not form:
             states[key] = {name: tensor for name, tensor in state.items() if name not in COMPANIONS}
             continue
-        value = full_value(param, {name: tensor for name, tensor in state.items() if name in form})
-        states[key] = {
+        here, state = part_here(param, state)
+        value = full_value(here, {name: tensor for name, tensor in state.items() if name in form})
+        decoded = {
             name: decode(state, name) if name in form else tensor
             for name, tensor in state.items()
             if name not in COMPANIONS and name != "scales"
         }
         if value is not None:
-            states[key]["master_param"] = value
+            decoded["master_param"] = value
+        states[key] = whole(param, decoded)
     groups = [{k: v for k, v in group.items() if k not in OPTIONS} for group in state_dict["param_groups"]]
     return {**state_dict, "state": states, "param_groups": groups}
 
@@ -200,7 +229,7 @@ def prepare(
     cls = type(optimizer).__name__
     merged = []
     for index, (saved, live) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        group = {**live, **saved}
+        group = {**live, **portable_options(saved)}
         if convert:
             group.update({name: live[name] for name in OPTIONS})
         elif any(group[name] != live[name] for name in OPTIONS[:3]):
@@ -218,8 +247,12 @@ def prepare(
                 continue
             form = _form(optimizer, param, group)
             if convert:
-                state = _convert(param, form, state)
+                here, state = part_here(param, state)
+                state = whole(param, _convert(here, form, state))
             if form:
+                rest = state.get("param_remainder")
+                if isinstance(rest, Tensor) and rest.dtype == torch.int16:  # as before 0.1.0 was released
+                    state = {**state, "param_remainder": rest.view(torch.bfloat16)}
                 _check(cls, live, index, param, form, state)
                 states[key] = {
                     name: _Exact(value) if isinstance(value, Tensor) and name != "step" else value

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from . import _sharding as sharding
 from ._config import _C
 
 _clipper = _C.Clipper()
@@ -49,7 +50,15 @@ def clip_grad_norm_(
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     order = float(norm_type)
     if order in (2.0, math.inf):
-        found = _clipper.clip(params, float(max_norm), order != 2, error_if_nonfinite, _buffer, torch.get_num_threads())
+        found = _clipper.clip(
+            params,
+            float(max_norm),
+            order != 2,
+            error_if_nonfinite,
+            _buffer,
+            sharding.reduction_of(params),
+            torch.get_num_threads(),
+        )
         if found is not None:
             norm, is_double = found
             dtype = torch.float64 if is_double else torch.float32

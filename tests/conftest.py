@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from optimizers import CUDA_ON_HOST, TARGETS
+from ranks import Ranks
 
 from fusedopt._config import _C
 
@@ -79,6 +80,24 @@ def chunk_size() -> Iterator[Callable[[int], None]]:
     before = _C.chunk_size()
     yield _C.set_chunk_size
     _C.set_chunk_size(before)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Pools of processes with a process group, one for each size asked for; one whose rank failed is made anew.
+
+    Tests that use it belong to the xdist group "ranks", so that there is one of each.
+    """
+    pools: dict[int, Ranks] = {}
+
+    def of_size(size: int) -> Ranks:
+        if size not in pools or not pools[size].alive:
+            pools[size] = Ranks(size)
+        return pools[size]
+
+    yield of_size
+    for pool in pools.values():
+        pool.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

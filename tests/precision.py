@@ -109,16 +109,18 @@ def round_stochastic(x: np.ndarray, dtype: torch.dtype, r: np.ndarray) -> Tensor
 
 
 def split(x: np.ndarray) -> tuple[Tensor, Tensor]:
-    """A float32 as a bfloat16 and the int16 that is missing."""
+    """A float32 as a bfloat16 and what is missing, an int16 in the bits of another."""
     b = bits32(x)
     remainder = torch.from_numpy(np.where(np.isnan(x), 0, b & 0xFFFF).astype(np.uint16).view(np.int16))
-    return round_away(x), remainder
+    return round_away(x), remainder.view(torch.bfloat16)
 
 
 def reconstruct(p: Tensor, remainder: Tensor) -> np.ndarray:
     """A zero or an infinity that has another's remainder, which would make it a NaN, is itself."""
     high = bits16(p) << 16
-    joined = from_bits32((high + remainder.detach().flatten().numpy().astype(np.int64)) & 0xFFFFFFFF)
+    joined = from_bits32(
+        (high + remainder.detach().contiguous().view(torch.int16).flatten().numpy().astype(np.int64)) & 0xFFFFFFFF
+    )
     return np.where(np.isnan(joined), from_bits32(high), joined)
 
 
@@ -249,6 +251,12 @@ class Form:
         names = ("master_weights", "rounding", "state_dtype", "seed")
         return {name: getattr(self, name) for name in names}
 
+    def in_groups(self) -> dict[str, Any]:
+        """The same as param_groups have it: a dtype by its name."""
+        options = self.options()
+        dtype = options["state_dtype"]
+        return options | {"state_dtype": dtype and str(dtype).removeprefix("torch.")}
+
     def companion(self, dtype: torch.dtype) -> str | None:
         """What a parameter of this dtype has beside it."""
         if dtype not in HALVES:
@@ -304,8 +312,7 @@ class FormTranscription:
         if companion == "master_param":
             state[companion] = param.detach().float().contiguous()
         elif companion is not None:
-            dtype = torch.int16 if companion == "param_remainder" else param.dtype
-            state[companion] = torch.zeros(shape, dtype=dtype)
+            state[companion] = torch.zeros(shape, dtype=param.dtype)
         return state
 
     def value(self, param: Tensor, state: State) -> np.ndarray:

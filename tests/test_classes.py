@@ -73,10 +73,9 @@ def test_subclass_with_the_same_signature(ours: type[Optimizer], theirs: type[Op
     for name, parameter in wanted.items():
         assert (mine[name].kind, mine[name].default) == (parameter.kind, parameter.default), name
     assert list(wanted) == list(mine)[: len(wanted)]
-    for method in ("add_param_group", "zero_grad"):
-        assert inspect.signature(getattr(ours, method)) == inspect.signature(getattr(theirs, method))
+    assert inspect.signature(ours.zero_grad) == inspect.signature(theirs.zero_grad)
     own = {"state_dict": ["portable"], "load_state_dict": ["convert"]}
-    for method in ("step", "state_dict", "load_state_dict"):
+    for method in ("add_param_group", "step", "state_dict", "load_state_dict"):
         wanted_names = [*inspect.signature(getattr(theirs, method)).parameters, *own.get(method, ())]
         assert list(inspect.signature(getattr(ours, method)).parameters) == wanted_names
     p = Parameter(torch.ones(1))

@@ -336,13 +336,15 @@ class FormWalk {
     for (int64_t at = begin; at < end;) {
       const int64_t most = copies ? kRun : kFormRun;
       int64_t stop = at + most < end ? at + most : end;
+      if (form_.run > 0 && stop - at > form_.run - at % form_.run) stop = at + form_.run - at % form_.run;
       if (form_.is_coded()) {
         if (form_.row_numel % kCodeBlock != 0) stop = form_.block_end(at);
       } else if (!copies && stop - at > Lane::kWidth) {
         stop -= (stop - at) % Lane::kWidth;  // what is left is copied
       }
-      run_.ahead = at % kDrawGroup;
-      run_.drawn_from = at - run_.ahead;
+      const int64_t whole = form_.whole(at);
+      run_.ahead = whole % kDrawGroup;
+      run_.drawn_from = whole - run_.ahead;
       if (form_.is_coded()) {
         auto* const scales = reinterpret_cast<float*>(row_.data[form_.scales()]);
         run_.scales = scales + form_.block_of(at) * form_.num_states;

@@ -412,7 +412,7 @@ void run(const TensorRow* rows, int64_t num_rows, const NormOptions* norm, int64
     const int64_t to = piece_boundary(*row, end, alignment, blocks);
     if (from >= to) continue;
     if (norm) {
-      row->beside->measure(*row, *norm, from, to);
+      if (row->beside->measure) row->beside->measure(*row, *norm, from, to);
     } else {
       row->update(*row, from, to);
     }

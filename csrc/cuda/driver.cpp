@@ -65,7 +65,7 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
   const Ema ema = row.beside ? row.beside->ema : Ema::kNone;
   bool same = at.step == info.step && at.numel == row.numel && at.scalars == scalars && at.variant == info.variant &&
               at.step_is_double == info.step_is_double && layouts_[n] == row.layout && at.ema == ema &&
-              at.entry == info.entry;
+              at.entry == info.entry && at.elsewhere == info.elsewhere;
   for (int k = 0; k < kMaxStreams; ++k) same &= k == kGrad || at.data[k] == row.data[k];
   const Form form = row.form ? *row.form : Form{};
   same &= at.form == form;
@@ -79,6 +79,7 @@ void Table::add(const TensorRow& row, const RowInfo& info) {
     at.step_is_double = info.step_is_double;
     at.ema = ema;
     at.entry = info.entry;
+    at.elsewhere = info.elsewhere;
     at.form = form;
     layouts_[n] = row.layout;
     rows_changed_ = true;
@@ -241,6 +242,16 @@ void Table::launch_norm(bool is_first, bool is_last) {
   args.how = info_.how;
   args.is_first = is_first;
   args.is_last = is_last;
+  args.report_inf = info_.report_inf;
+  ++num_launches;
+  cuda_->launch_norm(info_.dtype, args, info_.device, info_.stream);
+}
+
+void Table::launch_decision() {
+  NormArgs args{};
+  std::memcpy(&args.at, args_.data(), sizeof args.at);
+  args.at.num_chunks = 0;
+  args.is_last = true;
   args.report_inf = info_.report_inf;
   ++num_launches;
   cuda_->launch_norm(info_.dtype, args, info_.device, info_.stream);

@@ -25,6 +25,7 @@ struct RowInfo {
   bool step_is_double;
   void* step;         // null: the host counts
   int32_t entry = 0;  // its place in the statistics
+  bool elsewhere = false;
 };
 
 // What is the same for all rows of a launch.
@@ -59,6 +60,8 @@ class Table {
   void prepare(const StepInfo& info, bool changed);
   // The norm of all gradients: of the tables of several dtypes, one after the other.
   void launch_norm(bool is_first, bool is_last);
+  // Decides by the totals that the answer has: where not all gradients are this process's.
+  void launch_decision();
   void launch(bool counts_skips, bool counts_averages);
   // Uploads the groups' options to the tables of captured graphs.
   void update_captured(const StepInfo& info);

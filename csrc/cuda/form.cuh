@@ -107,6 +107,7 @@ struct Draws {
 template <int N>
 FUSEDOPT_DEVICE Draws<N> draws_of(const Form& form, uint32_t step, int64_t first) {
   portable::Bits<1> words[4];
+  first = form.whole(first);
   set_counters(form, step, counter_of(first), words);
 #pragma unroll
   for (int round = 0; round < kRounds; ++round)
@@ -219,7 +220,7 @@ struct FormUpdate {
 
   // Can four elements be read at once, of a group that begins at a multiple of four?
   FUSEDOPT_DEVICE static bool has_groups(const Row& row, std::byte* grad, Ema ema) {
-    if (row.layout >= 0) return false;
+    if (row.layout >= 0 || !row.form.keeps_fours()) return false;
     bool aligned = true;
     for (int slot = 0; slot < kNumSlots; ++slot) {
       const int k = stream_of(row, ema, slot);

@@ -522,7 +522,7 @@ FUSEDOPT_DEVICE void norm_warp(const NormArgs& args, int64_t warp, int64_t num_w
     const Row& row = *global(at.rows + n);
     const std::byte* const grad = *global(at.grads + n);
     const int64_t begin = (chunk - row.first_chunk) * kChunk;
-    const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
+    const int64_t end = row.elsewhere ? begin : begin + kChunk < row.numel ? begin + kChunk : row.numel;
     const auto add = [&](NormPart* sum, int64_t element) {
       T g = grad_at<S, T>(row, grad, element);
       if (unscale) g = portable::mul_one(g, scale);

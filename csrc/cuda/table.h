@@ -32,7 +32,8 @@ struct Row {
   int16_t variant;
   Ema ema;  // what becomes of the average, the stream behind the states
   bool step_is_double;
-  Form form;  // of a kMixed one
+  bool elsewhere;  // its gradient's norm is measured by another process
+  Form form;       // of a kMixed one
 };
 
 // A group whose scalars the kernel computes itself, because its step counts, or its lr, live on the device.

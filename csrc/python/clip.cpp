@@ -1,5 +1,7 @@
 #include "clip.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -19,6 +21,7 @@ namespace fusedopt {
 struct Clipper::Grads {
   struct ByDtype {
     std::vector<TensorRow> rows;
+    std::vector<bool> elsewhere;  // another process measures it
     std::vector<std::unique_ptr<Layout>> layouts;
   };
   std::array<ByDtype, kNumDTypes> by_dtype;
@@ -34,15 +37,20 @@ struct Clipper::Grads {
   }
 
   // False if they are not all of the usual kind.
-  bool read(const py::list& params, bool infinity_norm) {
+  bool read(const py::list& params, bool infinity_norm, const py::object& reduction) {
+    py::list counts;
+    if (!reduction.is_none()) counts = reduction.attr("counts");
     const Signature* known = nullptr;
     TensorView view;
-    for (const py::handle param : params) {
+    for (size_t n = 0; n < params.size(); ++n) {
+      const py::handle param = params[n];
       if (!is_tensor(param.ptr())) return false;
       PyObject* grad = get_grad(param.ptr());
       if (!grad) throw py::error_already_set();
       tensors.push_back(grad);
       if (grad == Py_None) continue;
+      const bool elsewhere = !reduction.is_none() && !counts[n].cast<bool>();
+      grad = reduction.is_none() ? grad : local_part(grad);
       // Many look like the one before.
       std::byte* data;
       if (known && is_plain_tensor(grad) && known->matches(records::of(grad), &data)) {
@@ -66,6 +74,7 @@ struct Clipper::Grads {
       group.layouts.push_back(plan_row(streams, &row));
       row.layout = group.layouts.back().get();
       group.rows.push_back(row);
+      group.elsewhere.push_back(elsewhere);
     }
     const auto is_none = [](PyObject* tensor) {
       const bool none = tensor == Py_None;
@@ -78,26 +87,27 @@ struct Clipper::Grads {
       for (const TensorRow& row : by_dtype[dtype].rows) memory.add(row, kGrad + 1, static_cast<DType>(dtype), owner++);
     }
     WrittenMemory::Region a, b;
-    return count > 0 && !memory.find_overlap(&a, &b);
+    return (count > 0 || !reduction.is_none()) && !memory.find_overlap(&a, &b);
   }
 };
 
 py::object Clipper::clip(py::list params, double max_norm, bool infinity_norm, bool error_if_nonfinite,
-                         const py::function& buffer, int max_threads) {
+                         const py::function& buffer, const py::object& reduction, int max_threads) {
   const FloatMode mode;
   Grads grads;
-  if (!grads.read(params, infinity_norm)) return py::none();
+  if (!grads.read(params, infinity_norm, reduction)) return py::none();
   Question question{};
   question.is_double = !grads.by_dtype[static_cast<int>(DType::kFloat64)].rows.empty();
   question.infinity_norm = question.largest = infinity_norm;
   question.clip = true;
   question.max_norm = max_norm;
-  if (grads.device == kCpu) return clip_on_host(&grads, question, error_if_nonfinite, max_threads);
+  if (grads.device == kCpu) return clip_on_host(&grads, question, error_if_nonfinite, reduction, max_threads);
   if (error_if_nonfinite) return py::none();  // it waits for the device, so there is nothing to be gained
-  return clip_on_device(&grads, question, buffer);
+  return clip_on_device(&grads, question, buffer, reduction);
 }
 
-py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool error_if_nonfinite, int max_threads) {
+py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool error_if_nonfinite,
+                                 const py::object& reduction, int max_threads) {
   const Target& target = current_target();
   std::vector<TensorRow> rows;
   std::vector<Beside> beside;
@@ -108,13 +118,15 @@ py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool er
   Common::Scalars<double> scalars_f64 = Common::scalars<double>({}, false, 0);
   for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
     const DType type = static_cast<DType>(dtype);
-    for (TensorRow row : grads->by_dtype[dtype].rows) {
+    const auto& group = grads->by_dtype[dtype];
+    for (size_t i = 0; i < group.rows.size(); ++i) {
+      TensorRow row = group.rows[i];
       row.scalars = type == DType::kFloat64 ? static_cast<const void*>(&scalars_f64) : &scalars_f32;
       row.update = target.find(kScaleRule, 0, type);
       row.start = cost;
       cost += row.numel + kRowCost;
       rows.push_back(row);
-      beside.push_back({Ema::kNone, target.find_norm(type), nullptr, nullptr});
+      beside.push_back({Ema::kNone, group.elsewhere[i] ? nullptr : target.find_norm(type), nullptr, nullptr});
       first_parts.push_back(all_parts);
       const size_t parts = static_cast<size_t>((row.numel + kPart - 1) / kPart);
       num_parts[dtype] += parts;
@@ -140,8 +152,13 @@ py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool er
     }
     answer[kSum] = all.sum;
     answer[kLargest] = all.largest;
-    decide(question, false, answer, nullptr);
   }
+  if (!reduction.is_none()) {
+    const auto found = reduction.attr("add_up_numbers")(answer[kSum], answer[kLargest]).cast<std::array<double, 2>>();
+    answer[kSum] = found[0];
+    answer[kLargest] = found[1];
+  }
+  decide(question, false, answer, nullptr);
   const py::object norm = py::make_tuple(answer[kNorm], question.is_double);
   if (error_if_nonfinite && !std::isfinite(answer[kNorm])) return norm;  // the caller raises
   records::bump_versions(grads->tensors.data(), grads->tensors.size());
@@ -154,7 +171,8 @@ py::object Clipper::clip_on_host(Grads* grads, const Question& question, bool er
   return norm;
 }
 
-py::object Clipper::clip_on_device(Grads* grads, const Question& question, const py::function& buffer) {
+py::object Clipper::clip_on_device(Grads* grads, const Question& question, const py::function& buffer,
+                                   const py::object& reduction) {
   const int device = grads->device;
   const TorchDevice current(device);
   void* const stream = current_stream(device);
@@ -183,9 +201,10 @@ py::object Clipper::clip_on_device(Grads* grads, const Question& question, const
     cuda::Table& table = *here.tables[dtype];
     const bool is_double = type == DType::kFloat64;
     table.begin();
-    for (const TensorRow& row : rows) {
+    const std::vector<bool>& elsewhere = grads->by_dtype[dtype].elsewhere;
+    for (size_t i = 0; i < rows.size(); ++i) {
       const void* scalars = is_double ? static_cast<const void*>(&scalars_f64) : &scalars_f32;
-      table.add(row, {scalars, 0, 0, false, nullptr});
+      table.add(rows[i], {scalars, 0, 0, false, nullptr, 0, elsewhere[i]});
     }
     cuda::StepInfo info{};
     info.rule = kScaleRule;
@@ -203,7 +222,12 @@ py::object Clipper::clip_on_device(Grads* grads, const Question& question, const
     tables.push_back(&table);
   }
   records::bump_versions(grads->tensors.data(), grads->tensors.size());
-  for (cuda::Table* table : tables) table->launch_norm(table == tables.front(), table == tables.back());
+  const bool adds_up = !reduction.is_none();
+  for (cuda::Table* table : tables) table->launch_norm(table == tables.front(), table == tables.back() && !adds_up);
+  if (adds_up) {
+    reduction.attr("add_up")(here.answer.attr("narrow")(0, static_cast<int>(kSum), 2));
+    tables.back()->launch_decision();
+  }
   for (cuda::Table* table : tables) table->launch(false, false);
   return py::make_tuple(here.answer, question.is_double);
 }

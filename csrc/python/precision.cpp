@@ -1,6 +1,7 @@
 #include "precision.h"
 
 #include <stdexcept>
+#include <tuple>
 
 #include "../codecs.h"
 
@@ -69,9 +70,9 @@ Precision PrecisionOptions::read(PyObject* dict, const std::string& where) const
                             ", but with master_weights nothing is lost to rounding: choose one of the two");
   }
   if (PyObject* value = get(kStateDtype)) {
-    if (value == float32_) {
+    if (value == float32_ || is(value, "float32")) {
       precision.state = Precision::kFloat32;
-    } else if (value == bfloat16_) {
+    } else if (value == bfloat16_ || is(value, "bfloat16")) {
       precision.state = Precision::kBFloat16;
     } else if (is(value, "int8")) {
       precision.state = Precision::kInt8;
@@ -90,8 +91,37 @@ Precision PrecisionOptions::read(PyObject* dict, const std::string& where) const
   return precision;
 }
 
-bool find_form(const Precision& precision, const TensorView& param, DType grad, int num_states, size_t position,
-               Form* form) {
+// Elements of a row of dimension 0; 1 if there are none.
+static int64_t row_numel(const TensorView& view) {
+  int64_t numel = 1;
+  for (int d = 1; d < view.ndim; ++d) numel *= view.shape[d];
+  return numel > 0 ? numel : 1;
+}
+
+// A function of fusedopt/_sharding.py, whose ValueError is what is wrong with the parameter.
+static py::object ask(const char* function, py::handle param, int64_t argument) {
+  try {
+    const py::object asked = py::module_::import("fusedopt._sharding").attr(function);
+    return argument ? asked(param, argument) : asked(param);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_ValueError)) throw;
+    throw std::runtime_error(py::str(error.value()).cast<std::string>());
+  }
+}
+
+Place place_of(PyObject* param, const TensorView& view, DType grad, const Precision& precision) {
+  Place place;
+  place.row_numel = row_numel(view);
+  const bool is_plain = precision == Precision{} && grad == view.dtype;
+  if (is_plain || !is_distributed(param)) return place;
+  place.cut = param;
+  std::tie(place.first, place.run, place.stride, place.row_numel) =
+      ask("place", param, 0).cast<std::tuple<int64_t, int64_t, int64_t, int64_t>>();
+  return place;
+}
+
+bool find_form(const Precision& precision, const TensorView& param, const Place& place, DType grad, int num_states,
+               size_t position, Form* form) {
   const bool is_half = !param.is_complex && (param.dtype == DType::kBFloat16 || param.dtype == DType::kFloat16);
   const bool is_single = !param.is_complex && param.dtype == DType::kFloat32;
   if (!is_half && !is_single) {
@@ -112,8 +142,10 @@ bool find_form(const Precision& precision, const TensorView& param, DType grad, 
   f.num_states = static_cast<int8_t>(num_states);
   f.position = static_cast<uint32_t>(position);
   f.seed = precision.seed;
-  const int64_t numel = param.numel(), rows = param.ndim == 0 ? 1 : param.shape[0];
-  f.row_numel = rows > 0 && numel > 0 ? numel / rows : 1;
+  f.first = place.first;
+  f.run = place.run;
+  f.stride = place.stride;
+  f.row_numel = row_numel(param);
   f.companion = masters == Precision::kWhole    ? Companion::kMaster
                 : masters == Precision::kSplit  ? Companion::kRemainder
                 : rounding == Precision::kKahan ? Companion::kCompensation
@@ -123,8 +155,9 @@ bool find_form(const Precision& precision, const TensorView& param, DType grad, 
     case Precision::kAsIs: f.state = masters == Precision::kNone ? param.dtype : DType::kFloat32; break;
     case Precision::kFloat32: f.state = DType::kFloat32; break;
     case Precision::kBFloat16: f.state = DType::kBFloat16; break;
-    case Precision::kInt8: f.state = f.row_numel < kCodeBlock ? DType::kFloat32 : DType::kCode; break;
+    case Precision::kInt8: f.state = place.row_numel < kCodeBlock ? DType::kFloat32 : DType::kCode; break;
   }
+  if (f.is_coded() && place.cut) ask("check_blocks", place.cut, kCodeBlock);
   f.ema = masters == Precision::kNone ? param.dtype : DType::kFloat32;
   const bool asked = grad != param.dtype || precision.state != Precision::kAsIs || masters != Precision::kNone ||
                      rounding != Precision::kNearest;
@@ -148,7 +181,7 @@ struct Coded {
       if (view->dtype != dtype || !view->is_contiguous()) throw std::runtime_error("fusedopt: state of another dtype");
     }
     const int64_t rows = codes.ndim == 0 ? 1 : codes.shape[0], numel = codes.numel();
-    if (numel > 0) form.row_numel = numel / rows;
+    form.row_numel = row_numel(codes);
     if (values.numel() != numel || scales.ndim != 3 || scales.shape[0] != rows || k >= scales.shape[2] ||
         scales.shape[1] != form.blocks_per_row())
       throw std::runtime_error("fusedopt: the scales, of shape " + scales.shape_string() +

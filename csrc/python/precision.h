@@ -38,9 +38,17 @@ class PrecisionOptions {
   PyObject *str_nearest_, *float32_ = nullptr, *bfloat16_ = nullptr;
 };
 
+// Which part of a larger tensor a parameter is, if it is a DTensor: form.h's first, run and stride; elements of a whole
+// row of dimension 0. Throws runtime_error, with what is wrong with the parameter.
+struct Place {
+  int64_t first = 0, run = 0, stride = 0, row_numel = 0;
+  py::handle cut;  // the DTensor
+};
+Place place_of(PyObject* param, const TensorView& view, DType grad, const Precision& precision);
+
 // The form of a parameter; false if it is a plain one. Throws runtime_error, with what is wrong with the parameter.
-bool find_form(const Precision& precision, const TensorView& param, DType grad, int num_states, size_t position,
-               Form* form);
+bool find_form(const Precision& precision, const TensorView& param, const Place& place, DType grad, int num_states,
+               size_t position, Form* form);
 
 // A state tensor of float32 in codes, rounded to nearest, with column k of the scales; and back. CPU, contiguous.
 void encode_state(py::handle values, bool is_signed, int k, py::handle codes, py::handle scales);

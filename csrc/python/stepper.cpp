@@ -73,14 +73,19 @@ bool Stepper::unchanged(const Entry& entry, const TensorRow& row, PyObject* para
     if (scan->hold) scan->held.keep(tensor);
     return true;
   };
-  if (!still(entry.signature[kParam], param, row.data[kParam])) return false;
+  // Of a DTensor the part may have been replaced, and it has a record of its own.
+  const auto part_of = [&](PyObject* tensor) {
+    return entry.is_distributed && tensor ? is_distributed(tensor) ? local_part(tensor) : nullptr : tensor;
+  };
+  if (entry.is_distributed && entry.spec.ptr() != spec_of(param)) return false;
+  if (!still(entry.signature[kParam], part_of(param), row.data[kParam])) return false;
 
   PyObject* param_state = value_at(scan->state.ptr(), entry.state_at, param);
   if (!param_state || !PyDict_Check(param_state)) return false;
   if (!still(entry.step_signature, value_at(param_state, entry.step_at, str_step_), entry.step)) return false;
   for (int k = 0; k < entry.num_streams - kState; ++k) {
     PyObject* tensor = value_at(param_state, entry.item_at[k], state_name(entry, k));
-    if (!still(entry.signature[kState + k], tensor, row.data[kState + k])) return false;
+    if (!still(entry.signature[kState + k], part_of(tensor), row.data[kState + k])) return false;
   }
   return true;
 }
@@ -119,9 +124,19 @@ Stepper::Look Stepper::look(size_t n, size_t group, size_t index, PyObject* para
   } else {
     if (!scan->hold) return Look::kChanged;
     if (!is_tensor(param)) fail(name(entry, *scan), "the parameter", "is not a tensor");
+    const bool parted = is_distributed(param);
+    has_distributed_ |= parted;
     *grad = scan->hold_grad(param);
     if (*grad == Py_None) return without_grad();
     if (records::available() && is_tensor(*grad)) grad_record = records::of(*grad);
+    if (parted) {
+      if (grad_record && is_distributed(*grad) && entry.grad_spec.ptr() == spec_of(*grad)) {
+        PyObject* part = scan->hold_part(*grad);
+        grad_record = records::of(part);
+      } else {
+        grad_record = nullptr;
+      }
+    }
   }
   takes(Part::kStep);
   std::byte* data;
@@ -261,9 +276,9 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     if (entry.part != Part::kStep) continue;
     const Ema ema = !entry.has_ema || entry.is_sparse ? Ema::kNone : starts(entry) ? Ema::kCopy : Ema::kMove;
     if (row.beside) {
-      beside_[n] = {ema,
-                    entry.device == kCpu ? target_->find_norm(entry.form ? entry.form->grad : entry.dtype) : nullptr,
-                    nullptr, nullptr};
+      const bool measured = entry.device == kCpu && !is_elsewhere(n, *scan);
+      beside_[n] = {ema, measured ? target_->find_norm(entry.form ? entry.form->grad : entry.dtype) : nullptr, nullptr,
+                    nullptr};
     }
     norm_is_double_ |= scan->wants_norm && entry.dtype == DType::kFloat64;
     if (entry.is_complex && scan->wants_norm && phase_.infinity_norm())
@@ -310,7 +325,8 @@ int64_t Stepper::prepare_rows(Scan* scan) {
     if (!entry.step_on_device) there->host_counted = &entry;
     scan->averages |= ema != Ema::kNone;
     there->table.add(row, {entry.step_on_device ? nullptr : scalars, static_cast<int32_t>(entry.group), entry.variant,
-                           entry.step_is_double, entry.step_on_device ? entry.step : nullptr, static_cast<int32_t>(n)});
+                           entry.step_is_double, entry.step_on_device ? entry.step : nullptr, static_cast<int32_t>(n),
+                           is_elsewhere(n, *scan)});
   }
   const bool norm = scan->wants_norm, stats = phase_.wants_stats();
   if (norm || stats) place_parts(norm, stats);
@@ -379,7 +395,7 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
   memory_checked_ = false;
   scan.groups = std::move(param_groups);
   scan.state = std::move(state);
-  scan.hold = last_cost_ > kReleaseCost;
+  scan.hold = last_cost_ > kReleaseCost || has_distributed_;
   scan.held.reserve(scan.hold ? entries_.size() * 6 : 0);
   scan.written.reserve(entries_.size());
   if (target_ != &current_target()) {
@@ -426,6 +442,7 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
     if (phase_.wants_stats()) run_paused(&scan, cost, max_threads);
     return 0;
   }
+  launch_norms(scan);
   {
     const NoCollection no_collection;
     records::bump_versions(scan.written.data(), scan.written.size());

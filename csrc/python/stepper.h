@@ -86,6 +86,7 @@ class Stepper {
   bool unchanged(const Entry& entry, const TensorRow& row, PyObject* param, Scan* scan) const;
   bool refresh_dirty(py::handle optimizer, Scan* scan);
   void refresh(const Dirty& dirty, PyObject* param_state, Scan* scan);
+  PyObject* redistributed(const Dirty& dirty, const ParamName& who, Scan* scan) const;
   Form form_of(const Dirty& dirty, const Scan& scan) const;
   py::list names_of(const Form& form, int variant, bool wants_state, bool wants_ema) const;
   void plan_average(size_t n, const Streams& streams, int ema, const Form* form);
@@ -102,7 +103,13 @@ class Stepper {
   void finish_stats();
   OnDevice& on_device(int device, DType dtype, int rule);
   void prepare_tables(Scan* scan, int64_t cost);
+  void launch_norms(const Scan& scan);
   void launch_tables(const Scan& scan);
+  std::vector<OnDevice*> tables_of(bool averages) const;
+  bool find_reduction(Scan* scan);
+  // Is the gradient's norm another process's to measure?
+  bool is_elsewhere(size_t n, const Scan& scan) const;
+  void add_up() const;
   cuda::StepInfo step_info(int rule, int device, DType dtype, bool counts_there, Scan* scan);
   bool is_sparse(size_t n) const;
   // Of a state tensor: of stream kState + k.
@@ -158,6 +165,11 @@ class Stepper {
   bool memory_checked_ = false;    // a step that fails leaves it to the next one to look at all memory anew
   int64_t last_cost_ = INT64_MAX;  // foretells this step's
   bool busy_ = false;
+  bool has_distributed_ = false;  // a parameter is a DTensor: its gradient is found through Python
+  // Of the parameters: over which processes a norm is added up, and which of them others count (_sharding.Reduction).
+  py::object reduction_;
+  std::vector<bool> elsewhere_;
+  bool reduction_is_stale_ = false;
 };
 
 }  // namespace fusedopt

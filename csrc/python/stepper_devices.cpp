@@ -1,4 +1,6 @@
 // Stepper: the tables of devices, and their launches.
+#include <algorithm>
+
 #include "../cpu/float_mode.h"
 #include "stepper_scan.h"
 
@@ -86,21 +88,34 @@ Stepper::Phase Stepper::phase_of(const Scan& scan) const {
           scan.precisions};
 }
 
-// The steps of all devices. What is decided by all gradients comes first, by their dtypes in order; averages of what a
-// step writes come last.
-void Stepper::launch_tables(const Scan& scan) {
-  std::vector<OnDevice*> of_rule, of_average;
+// Those of this step: of the averages alone, or of the rule, by their dtypes in order.
+std::vector<Stepper::OnDevice*> Stepper::tables_of(bool averages) const {
+  std::vector<OnDevice*> found;
   for (const auto& known : tables_) {
-    if (!known->table.empty()) (known->rule == kAverageRule ? of_average : of_rule).push_back(known.get());
+    if (!known->table.empty() && (known->rule == kAverageRule) == averages) found.push_back(known.get());
   }
   const auto by_dtype = [](const OnDevice* a, const OnDevice* b) { return a->dtype < b->dtype; };
-  if (of_rule.size() > 1) std::stable_sort(of_rule.begin(), of_rule.end(), by_dtype);
-  if (scan.wants_norm) {
-    for (OnDevice* table : of_rule) {
-      const TorchDevice current(table->device);
-      table->table.launch_norm(table == of_rule.front(), table == of_rule.back());
-    }
+  if (!averages && found.size() > 1) std::stable_sort(found.begin(), found.end(), by_dtype);
+  return found;
+}
+
+// What is decided by all gradients comes first.
+void Stepper::launch_norms(const Scan& scan) {
+  if (!scan.wants_norm) return;
+  const std::vector<OnDevice*> tables = tables_of(false);
+  for (OnDevice* table : tables) {
+    const TorchDevice current(table->device);
+    table->table.launch_norm(table == tables.front(), table == tables.back() && !scan.adds_up);
   }
+  if (!scan.adds_up || tables.empty()) return;
+  const TorchDevice current(tables.back()->device);
+  add_up();
+  tables.back()->table.launch_decision();
+}
+
+// The steps of all devices. Averages of what a step writes come last.
+void Stepper::launch_tables(const Scan& scan) {
+  const std::vector<OnDevice*> of_rule = tables_of(false), of_average = tables_of(true);
   // The last one where the answer lies counts the step of the averages.
   OnDevice* last = nullptr;
   for (const auto* tables : {&of_rule, &of_average}) {

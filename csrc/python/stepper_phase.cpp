@@ -1,5 +1,8 @@
 // Stepper: what is around the update. Norms, averages, statistics, skipped steps.
+#include <pybind11/stl.h>
+
 #include <algorithm>
+#include <array>
 
 #include "../cpu/run.h"
 #include "../cpu/target.h"
@@ -10,6 +13,7 @@ namespace fusedopt {
 // Finds the tensors of the optimizer that the step writes beside parameters and state. False if one was made: that ran
 // users' code perhaps, and the scan must begin anew.
 bool Stepper::find_buffers(py::handle optimizer, Scan* scan) {
+  if (!find_reduction(scan)) return false;
   const bool has_ema = scan->has_averages;
   const bool wants_answer = scan->wants_norm || !scan->found_inf.is_none() || has_ema;
   if (!wants_answer && !phase_.wants_stats()) return true;
@@ -46,6 +50,27 @@ bool Stepper::find_buffers(py::handle optimizer, Scan* scan) {
   }
   return found;
 }
+
+// Finds out over which processes a norm is added up, if parameters are DTensors. False if that was not known.
+bool Stepper::find_reduction(Scan* scan) {
+  scan->adds_up = scan->wants_norm && has_distributed_;
+  if (!scan->adds_up || (reduction_ && !reduction_is_stale_ && elsewhere_.size() == entries_.size())) return true;
+  py::list params;
+  for (const Scan::List& list : scan->lists) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.params); ++i)
+      params.append(py::handle(PyList_GET_ITEM(list.params, i)));
+  }
+  reduction_ = py::module_::import("fusedopt._sharding").attr("Reduction")(params);
+  elsewhere_.clear();
+  for (const py::handle counts : reduction_.attr("counts")) elsewhere_.push_back(!counts.cast<bool>());
+  reduction_is_stale_ = false;
+  return false;
+}
+
+bool Stepper::is_elsewhere(size_t n, const Scan& scan) const { return scan.adds_up && elsewhere_[n]; }
+
+// The totals of the answer become those of all processes.
+void Stepper::add_up() const { reduction_.attr("add_up")(answer_.tensor.attr("narrow")(0, static_cast<int>(kSum), 2)); }
 
 void Stepper::find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer) {
   if (device != kCpu) {
@@ -110,8 +135,22 @@ int64_t Stepper::prepare_averages(Scan* scan) {
 
 // Measures the gradients of the host and decides what depends on all of them. True: the step is to be skipped.
 bool Stepper::is_to_be_skipped(Scan* scan, int64_t cost, int max_threads) {
-  if (!scan->wants_norm || !answer_.at || answer_.device != kCpu) return false;
+  const bool takes_part =
+      std::any_of(entries_.begin(), entries_.end(), [](const Entry& e) { return e.part == Part::kStep; });
   const Question question = question_of(*scan, norm_is_double_);
+  if (scan->adds_up && !takes_part) {  // the others wait for it
+    const auto totals = reduction_.attr("add_up_numbers")().cast<std::array<double, 2>>();
+    double answer[kAnswerSize] = {};
+    answer[kSum] = totals[0];
+    answer[kLargest] = totals[1];
+    decide(question, false, answer, scan->report_device == kCpu ? scan->report_inf : nullptr);
+    return false;
+  }
+  if (!scan->wants_norm || !answer_.at || answer_.device != kCpu) return false;
+  for (size_t n = 0; n < entries_.size() && scan->adds_up; ++n) {
+    if (entries_[n].part == Part::kStep && elsewhere_[n])
+      std::fill_n(beside_[n].norm, (rows_[n].numel + kPart - 1) / kPart, NormPart{0, 0});
+  }
   const NormOptions options = {scan->context.unscale != 0, scan->context.inv_scale, question.largest};
   scan->without_gil(
       [&] { measure_rows(rows_.data(), static_cast<int64_t>(rows_.size()), options, cost, max_threads); });
@@ -123,6 +162,7 @@ bool Stepper::is_to_be_skipped(Scan* scan, int64_t cost, int max_threads) {
   }
   answer_.at[kSum] = all.sum;
   answer_.at[kLargest] = all.largest;
+  if (scan->adds_up) add_up();
   decide(question, false, answer_.at, scan->report_inf);
   if (answer_.at[kSkip] != 0) return true;
   if (phase_.clips()) rule_->clip(answer_.at[kClip]);

@@ -6,6 +6,15 @@
 
 namespace fusedopt {
 
+static py::module_ sharding() { return py::module_::import("fusedopt._sharding"); }
+
+// Of a DTensor, for an error.
+static std::string placement(PyObject* tensor) {
+  const py::handle t(tensor);
+  return py::str(t.attr("placements")).cast<std::string>() + " on " +
+         py::str(t.attr("device_mesh")).cast<std::string>();
+}
+
 // The form of a row of the moving average alone.
 static Form average_form(Form form) {
   form.grad = form.param;
@@ -23,7 +32,24 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   const ParamName who = name(entry, *scan);
   Streams streams;
   std::string why;
+  const bool parted = is_distributed(dirty.param);
+  // What is here of a DTensor, which the state of one must be, placed as it is.
+  const auto part_of = [&](PyObject* tensor, const std::string& what) {
+    if (is_distributed(tensor) != parted)
+      fail(who, what,
+           parted ? "is no DTensor, and the parameter is one: distribute it as the parameter is (checkpoints: "
+                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict does that)"
+                  : "is a DTensor, and the parameter is none: take its .full_tensor() or .to_local()");
+    if (!parted) return tensor;
+    if (tensor != dirty.param && spec_of(tensor) != spec_of(dirty.param) &&
+        !sharding().attr("same_place")(py::handle(tensor), py::handle(dirty.param)).cast<bool>())
+      fail(who, what,
+           "is placed as " + placement(tensor) + ", and the parameter as " + placement(dirty.param) +
+               ": redistribute it");
+    return scan->hold_part(tensor);
+  };
   const auto read = [&](int stream, PyObject* tensor, const std::string& what, bool may_be_lazy) -> PyObject* {
+    tensor = part_of(tensor, what);
     if (!read_tensor(tensor, &streams.view[stream], &why, stream >= kState)) fail(who, what, why);
     if (is_lazy_view(tensor)) {
       if (!may_be_lazy) fail(who, what, "is a conjugate or negative view; call .resolve_conj().resolve_neg() on it");
@@ -64,7 +90,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
     }
   };
 
-  read(kParam, dirty.param, "the parameter", false);
+  PyObject* const param = read(kParam, dirty.param, "the parameter", false);
   const bool inference = py::handle(dirty.param).attr("is_inference")().cast<bool>();
   if (inference && !py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>())
     fail(who, "the parameter", "is an inference tensor and cannot be updated outside torch.inference_mode(); clone it");
@@ -81,7 +107,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
     streams.view[kGrad] = sparse->values();
     must_be(kGrad, "the gradient", streams.view[kParam].dtype, streams.view[kParam].is_complex);
   } else if (has_grad) {
-    grad = read(kGrad, dirty.grad, "the gradient", true);
+    grad = read(kGrad, redistributed(dirty, who, scan), "the gradient", true);
     must_have_same_type(kGrad, "the gradient");
     must_match(kGrad, "the gradient");
   } else {
@@ -92,7 +118,9 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   auto form = std::make_unique<Form>();
   try {
     const Precision& precision = scan->precisions[entry.group];
-    if (!find_form(precision, streams.view[kParam], streams.view[kGrad].dtype, all_states, dirty.entry, form.get()))
+    const Place place = place_of(dirty.param, streams.view[kParam], streams.view[kGrad].dtype, precision);
+    if (!find_form(precision, streams.view[kParam], place, streams.view[kGrad].dtype, all_states, dirty.entry,
+                   form.get()))
       form.reset();
   } catch (const std::runtime_error& error) {
     fail(who, "the parameter", error.what());
@@ -110,7 +138,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   if (form && !has_grad) *form = average_form(*form);
   const bool is_coded = form && form->is_coded();
   const bool has_companion = form && form->companion != Companion::kNone;
-  PyObject* tensors[kMaxStreams] = {dirty.param, grad};
+  PyObject* tensors[kMaxStreams] = {param, grad};
   streams.count = kState + num_states + is_coded + has_companion + (has_grad && has_ema);
   entry.num_states = static_cast<int8_t>(num_states);
   entry.num_streams = static_cast<int8_t>(streams.count);
@@ -125,7 +153,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
       fail(who, what,
            "is missing: was the option that needs it switched on, or another optimizer's state "
            "loaded? Delete this parameter's state to begin anew");
-    read(kState + k, tensor, what, false);
+    tensor = read(kState + k, tensor, what, false);
     const TensorView &got = streams.view[kState + k], &param = streams.view[kParam];
     must_be(kState + k, what, formed ? formed->dtype(kState + k) : param.dtype, param.is_complex);
     if (key == str_scales_) {
@@ -174,6 +202,12 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
     row.form = formed;
   }
   entry.is_sparse = is_sparse;
+  entry.is_distributed = parted;
+  reduction_is_stale_ |= entry.spec.ptr() != (parted ? spec_of(dirty.param) : nullptr);
+  entry.spec = parted ? py::reinterpret_borrow<py::object>(spec_of(dirty.param)) : py::object();
+  // Another placement than the parameter's is brought to it in every step.
+  const bool as_is = parted && grad && !scan->redistributed.count(dirty.grad);
+  entry.grad_spec = as_is ? py::reinterpret_borrow<py::object>(spec_of(dirty.grad)) : py::object();
   entry.is_complex = streams.view[kParam].is_complex;
   const TensorRow& written = written_row(dirty.entry);
   bool moved = !entry.in_memory || !same_written_layout(entry.layout.get(), layout.get(), streams.count) ||
@@ -227,17 +261,35 @@ void Stepper::plan_average(size_t n, const Streams& all, int ema, const Form* fo
   average.row.form = average.form.get();
 }
 
+// The gradient of a DTensor, with its parts where the parameter's are, which may take a collective: once a step.
+PyObject* Stepper::redistributed(const Dirty& dirty, const ParamName& who, Scan* scan) const {
+  if (!is_distributed(dirty.param) || !is_distributed(dirty.grad) || spec_of(dirty.param) == spec_of(dirty.grad) ||
+      sharding().attr("same_place")(py::handle(dirty.grad), py::handle(dirty.param)).cast<bool>())
+    return dirty.grad;
+  PyObject*& placed = scan->redistributed[dirty.grad];
+  if (!placed) {
+    const py::object made = sharding().attr("placed_as")(py::handle(dirty.grad), py::handle(dirty.param));
+    if (made.is_none())
+      fail(who, "the gradient", "is on another device mesh than the parameter: " + placement(dirty.grad));
+    scan->held.keep(made.ptr());
+    placed = made.ptr();
+  }
+  return placed;
+}
+
 // The form of a parameter that has been checked; without states if it is plain.
 Form Stepper::form_of(const Dirty& dirty, const Scan& scan) const {
   const Entry& entry = entries_[dirty.entry];
   TensorView param, grad;
   std::string why;
   Form form;
-  if (!read_tensor(dirty.param, &param, &why)) fail(name(entry, scan), "the parameter", why);
+  if (!read_tensor(local_part(dirty.param), &param, &why)) fail(name(entry, scan), "the parameter", why);
   const bool has_grad = dirty.grad != Py_None && !py::handle(dirty.grad).attr("is_sparse").cast<bool>();
-  if (!has_grad || !read_tensor(dirty.grad, &grad, &why)) grad = param;
+  if (!has_grad || !read_tensor(local_part(dirty.grad), &grad, &why)) grad = param;
   const int num_states = rule_->num_states(scan.variants[entry.group]);
-  if (!find_form(scan.precisions[entry.group], param, grad.dtype, num_states, dirty.entry, &form)) form.num_states = 0;
+  const Precision& precision = scan.precisions[entry.group];
+  const Place place = place_of(dirty.param, param, grad.dtype, precision);
+  if (!find_form(precision, param, place, grad.dtype, num_states, dirty.entry, &form)) form.num_states = 0;
   return form;
 }
 
@@ -266,10 +318,12 @@ py::list Stepper::state_names(py::handle param, py::dict group) {
   TensorView view;
   std::string why;
   Form form;
-  if (!read_tensor(param.ptr(), &view, &why)) throw std::runtime_error(optimizer_ + ": a parameter " + why);
+  PyObject* const part = is_distributed(param.ptr()) ? local_part(param.ptr()) : param.ptr();
+  if (!read_tensor(part, &view, &why)) throw std::runtime_error(optimizer_ + ": a parameter " + why);
   const Precision precision = precision_.read(group.ptr(), optimizer_ + ": ");
   try {
-    if (!find_form(precision, view, view.dtype, rule_->num_states(variant), 0, &form)) form.num_states = 0;
+    const Place place = place_of(param.ptr(), view, view.dtype, precision);
+    if (!find_form(precision, view, place, view.dtype, rule_->num_states(variant), 0, &form)) form.num_states = 0;
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(optimizer_ + ": a parameter of shape " + view.shape_string() + " " + error.what());
   }
@@ -311,7 +365,7 @@ bool Stepper::refresh_dirty(py::handle optimizer, Scan* scan) {
   for (const Dirty& dirty : without_state) {
     TensorView view;
     std::string why;
-    if (!read_tensor(dirty.param, &view, &why) || view.device == looked_at || view.device == kCpu) continue;
+    if (!read_tensor(local_part(dirty.param), &view, &why) || view.device == looked_at || view.device == kCpu) continue;
     looked_at = view.device;
     const TorchDevice current(view.device);
     if (cuda::runtime()->is_capturing(current_stream(view.device))) {

@@ -19,7 +19,8 @@ struct Stepper::Entry {
   bool in_memory = false;
   bool step_is_double = false;
   bool step_on_device = false;
-  bool is_sparse = false;  // the gradient, of which sparse_ knows more
+  bool is_sparse = false;       // the gradient, of which sparse_ knows more
+  bool is_distributed = false;  // a DTensor, as its state is; what is known is of the parts that are here
   int16_t device = kCpu;
   // Positions for PyDict_Next: of the parameter in the optimizer's state, of the tensors in the parameter's.
   int32_t state_at = 0, step_at = 0, item_at[kMaxStreams - kState] = {};
@@ -31,6 +32,8 @@ struct Stepper::Entry {
   std::unique_ptr<Layout> layout;  // of what is written
   std::unique_ptr<Form> form;      // null of a plain one
   WrittenMemory::Gap gap;
+  // Of a DTensor: where its parts are, and of its gradient, if these are there too.
+  py::object spec, grad_spec;
 
   double step_count() const {
     double d;
@@ -138,6 +141,7 @@ class Stepper::Scan {
   bool wants_norm = false;
   bool has_averages = false, averages = false;  // an option says so; a GPU has some to move
   bool is_update_of_reporting = false;          // update_captured() of a step that told GradScaler what it found
+  bool adds_up = false;                         // a norm, over processes
   bool has_same_states = false;                 // no parameter can have got a state since the last scan
   bool amp_on_device = false;
   std::vector<py::object> moved_scalars;
@@ -154,7 +158,8 @@ class Stepper::Scan {
   std::vector<size_t> moved_grads;
   // Parameters whose state this step made, and what was there before, null or an empty dict: put back if it fails.
   std::vector<std::pair<PyObject*, PyObject*>> made_state;
-  std::vector<PyObject*> made_averages;  // states that got an average in this step
+  std::unordered_map<PyObject*, PyObject*> redistributed;  // gradients that were placed otherwise: held
+  std::vector<PyObject*> made_averages;                    // states that got an average in this step
   int64_t cost = 0;
   bool memory_changed = false;
   // References to every gradient and all state are held, so that the GIL may be released. A step of little work keeps
@@ -172,6 +177,15 @@ class Stepper::Scan {
     dirty.clear();
     moved_grads.clear();
     cost = 0;
+  }
+  // Holds the part of a tensor that is here.
+  PyObject* hold_part(PyObject* tensor) {
+    PyObject* part = local_part(tensor);
+    if (is_plain_tensor(part)) return held.keep(part), part;
+    // A collective's result, which may be on its way; or no DTensor at all.
+    if (!is_distributed(tensor)) return tensor;
+    const py::object arrived = py::module_::import("fusedopt._sharding").attr("local_tensor")(py::handle(tensor));
+    return held.keep(arrived.ptr()), arrived.ptr();
   }
   // The gradient's Python object, None if there is none.
   PyObject* hold_grad(PyObject* param) {

@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include <structmember.h>  // PyMemberDef, before Python 3.12
+
 #include <stdexcept>
 
 #include "../cuda/runtime.h"
@@ -18,6 +20,33 @@ const dlpack::ExchangeApi* api = nullptr;
 getter grad_getter = nullptr;
 void* grad_closure = nullptr;
 PyObject* str_grad = nullptr;
+
+// torch.distributed.tensor.DTensor and where it keeps its two slots; null until that module is imported.
+PyTypeObject* dtensor_type = nullptr;
+Py_ssize_t local_at = 0, spec_at = 0;
+
+// The place of a slot in a class's objects, or 0.
+Py_ssize_t slot_of(py::handle type, const char* name) {
+  if (!py::hasattr(type, name)) return 0;
+  const py::object slot = type.attr(name);
+  if (Py_TYPE(slot.ptr()) != &PyMemberDescr_Type) return 0;
+  return reinterpret_cast<PyMemberDescrObject*>(slot.ptr())->d_member->offset;
+}
+
+void find_dtensor() {
+  PyObject* module = PyDict_GetItemString(PyImport_GetModuleDict(), "torch.distributed.tensor");
+  if (!module || !py::hasattr(module, "DTensor")) return;
+  const py::object type = py::handle(module).attr("DTensor");
+  local_at = slot_of(type, "_local_tensor");
+  spec_at = slot_of(type, "_spec");
+  if (!local_at || !spec_at)
+    throw std::runtime_error("fusedopt: the DTensors of this torch are not of the kind that it knows; use torch.optim");
+  dtensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());
+}
+
+PyObject* slot(PyObject* object, Py_ssize_t at) {
+  return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + at);
+}
 
 std::string exception_text() {
   py::error_already_set error;
@@ -41,8 +70,6 @@ bool supported_dtype(dlpack::DataType got, TensorView* out) {
     out->dtype = DType::kFloat64;
   } else if (got.code == dlpack::kUInt && bits == 8) {
     out->dtype = DType::kCode;
-  } else if (got.code == dlpack::kInt && bits == 16) {
-    out->dtype = DType::kInt16;
   } else {
     return false;
   }
@@ -56,8 +83,7 @@ int64_t itemsize(DType dtype) {
     case DType::kFloat32: return 4;
     case DType::kFloat64: return 8;
     case DType::kBFloat16:
-    case DType::kFloat16:
-    case DType::kInt16: return 2;
+    case DType::kFloat16: return 2;
     case DType::kCode: return 1;
     case DType::kMixed: break;
   }
@@ -71,7 +97,6 @@ const char* dtype_name(DType dtype, bool is_complex) {
     case DType::kBFloat16: return "torch.bfloat16";
     case DType::kFloat16: return "torch.float16";
     case DType::kCode: return "torch.uint8";
-    case DType::kInt16: return "torch.int16";
     case DType::kMixed: break;
   }
   return "?";
@@ -153,8 +178,22 @@ TorchDevice::~TorchDevice() {
 
 int read_dlpack(PyObject* tensor, dlpack::Tensor* out) { return api->from_object(tensor, out); }
 
+bool is_distributed(PyObject* tensor) {
+  if (is_plain_tensor(tensor) || !is_tensor(tensor)) return false;
+  if (!dtensor_type) find_dtensor();
+  return dtensor_type && PyObject_TypeCheck(tensor, dtensor_type);
+}
+
+PyObject* local_part(PyObject* tensor) {
+  if (!is_distributed(tensor)) return tensor;
+  PyObject* part = slot(tensor, local_at);
+  return part ? part : tensor;
+}
+
+PyObject* spec_of(PyObject* dtensor) { return slot(dtensor, spec_at); }
+
 PyObject* get_grad(PyObject* tensor) {
-  if (is_plain_tensor(tensor)) return grad_getter(tensor, grad_closure);
+  if (is_plain_tensor(tensor) || Py_TYPE(tensor) == dtensor_type) return grad_getter(tensor, grad_closure);
   return PyObject_GetAttr(tensor, str_grad);
 }
 

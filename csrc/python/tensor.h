@@ -66,6 +66,12 @@ inline bool is_plain_tensor(PyObject* object) {
   return Py_TYPE(object) == parameter_type || Py_TYPE(object) == tensor_type;
 }
 inline bool is_tensor(PyObject* object) { return is_plain_tensor(object) || PyObject_TypeCheck(object, tensor_type); }
+// A DTensor: a tensor of which this process has a part.
+bool is_distributed(PyObject* tensor);
+// That part of a DTensor, borrowed; any other tensor itself.
+PyObject* local_part(PyObject* tensor);
+// What a DTensor says of shape, mesh and placements, borrowed.
+PyObject* spec_of(PyObject* dtensor);
 // A new reference to tensor.grad (None included), or null with a Python exception set.
 PyObject* get_grad(PyObject* tensor);
 // The shape, strides and so on as DLPack tells them: 0, or -1 with a Python exception set.

@@ -68,7 +68,7 @@ struct Adagrad : Common {
     Scalars<T> s;
     static_cast<Common::Scalars<T>&>(s) = Common::scalars<T>(context, options.maximize, options.weight_decay);
     s.neg_lr = static_cast<T>(-(lr / at_step.lr_divisor));
-    s.eps = static_cast<T>(options.eps);
+    s.eps = static_cast<T>(Common::eps(options.eps, static_cast<double>(lr)));
     s.flags |= options.eps_inside_sqrt ? kEpsInsideSqrt : 0u;
     return s;
   }

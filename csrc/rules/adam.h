@@ -43,7 +43,7 @@ struct Adam : Moments {
     static_cast<Moments::Scalars<T>&>(s) = Moments::scalars<T>(options, lr, context);
     s.neg_step_size = static_cast<T>(-(lr / at_step.bias_correction1));
     s.bias_correction2_sqrt = static_cast<T>(at_step.bias_correction2_sqrt);
-    s.eps = static_cast<T>(options.eps);
+    s.eps = static_cast<T>(Common::eps(options.eps, static_cast<double>(lr)));
     return s;
   }
 

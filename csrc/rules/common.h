@@ -66,6 +66,10 @@ struct Common {
             0};
   }
 
+  // eps as a step uses it. One with lr = 0 is to change nothing, not even a 0 / 0 to a NaN: torch's checkpointing makes
+  // such a step, with gradients of zero, to see what state there is.
+  FUSEDOPT_HD static inline double eps(double given, double lr) { return given == 0 && lr == 0 ? 1.0 : given; }
+
   // A value as it was computed by backward, unscaled, clipped and in the direction to descend. Of a sparse gradient,
   // each of the values that add up.
   template <class Lane>

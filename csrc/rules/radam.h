@@ -71,7 +71,7 @@ struct RAdam : Moments {
     s.bias_correction1 = static_cast<T>(at_step.bias_correction1);
     s.bias_correction2_sqrt = static_cast<T>(at_step.bias_correction2_sqrt);
     s.rect = static_cast<T>(at_step.rect);
-    s.eps = static_cast<T>(options.eps);
+    s.eps = static_cast<T>(Common::eps(options.eps, static_cast<double>(lr)));
     const bool rectified = at_step.rect != 0;
     s.flags |= (rectified ? kRectified : 0u) | (rectified || options.degenerate_to_sgd ? 0u : kStill) |
                (options.optimized_update ? 0u : kEpsAfterCorrection) | (s.bias_correction1 != 1 ? kCorrected : 0u);
