@@ -109,7 +109,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("decode_state", &decode_state, "The reverse.");
   py::class_<Clipper>(m, "Clipper").def(py::init<>()).def("clip", &Clipper::clip);
   py::class_<Stepper>(m, "Stepper")
-      .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("optimizer"))
+      .def(py::init([](const std::string& rule, std::string optimizer, size_t group, size_t index, size_t position) {
+             return std::make_unique<Stepper>(rule, std::move(optimizer), Stepper::Seat{group, index, position});
+           }),
+           py::arg("rule"), py::arg("optimizer"), py::arg("group") = 0, py::arg("index") = 0, py::arg("position") = 0)
       .def("step", &Stepper::step)
       .def_property_readonly("has_norm", &Stepper::has_norm)
       .def_property_readonly("norm_is_double", &Stepper::norm_is_double)

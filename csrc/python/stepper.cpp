@@ -19,9 +19,10 @@ constexpr int64_t kLookUnit = 64;
 
 }  // namespace
 
-Stepper::Stepper(const std::string& rule, std::string optimizer)
+Stepper::Stepper(const std::string& rule, std::string optimizer, const Seat& first)
     : rule_(make_rule_driver(Rules{}, rule)),
       optimizer_(std::move(optimizer)),
+      first_(first),
       str_step_(PyUnicode_InternFromString("step")),
       str_params_(PyUnicode_InternFromString("params")),
       str_ema_(PyUnicode_InternFromString("ema")),
@@ -43,7 +44,8 @@ Stepper::~Stepper() {
 }
 
 ParamName Stepper::name(const Entry& entry, const Scan& scan) const {
-  return {optimizer_.c_str(), entry.group, entry.index, PyList_GET_ITEM(scan.groups.ptr(), entry.group)};
+  return {optimizer_.c_str(), first_.group + entry.group, (entry.group == 0 ? first_.index : 0) + entry.index,
+          PyList_GET_ITEM(scan.groups.ptr(), entry.group)};
 }
 
 // Without a look at the entry, which costs a cache line, where none ever was.

@@ -20,8 +20,12 @@ namespace fusedopt {
 
 class Stepper {
  public:
-  // `rule`: its name in the registry; `optimizer`: the class to name in errors.
-  Stepper(const std::string& rule, std::string optimizer);
+  // `rule`: its name in the registry; `optimizer`: the class to name in errors. `first`: where the first parameter of
+  // the first group is in an optimizer that has more, for errors and for draws.
+  struct Seat {
+    size_t group = 0, index = 0, position = 0;
+  };
+  Stepper(const std::string& rule, std::string optimizer, const Seat& first);
   ~Stepper();
 
   // One step over all groups; torch.optim's param_groups and state. Of the optimizer it calls _new_states, for what
@@ -121,6 +125,7 @@ class Stepper {
 
   std::unique_ptr<RuleDriver> rule_;
   std::string optimizer_;
+  Seat first_;
   PyObject* str_step_;
   PyObject* str_params_;
   PyObject* str_ema_;

@@ -119,8 +119,8 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   try {
     const Precision& precision = scan->precisions[entry.group];
     const Place place = place_of(dirty.param, streams.view[kParam], streams.view[kGrad].dtype, precision);
-    if (!find_form(precision, streams.view[kParam], place, streams.view[kGrad].dtype, all_states, dirty.entry,
-                   form.get()))
+    if (!find_form(precision, streams.view[kParam], place, streams.view[kGrad].dtype, all_states,
+                   first_.position + dirty.entry, form.get()))
       form.reset();
   } catch (const std::runtime_error& error) {
     fail(who, "the parameter", error.what());
@@ -289,7 +289,8 @@ Form Stepper::form_of(const Dirty& dirty, const Scan& scan) const {
   const int num_states = rule_->num_states(scan.variants[entry.group]);
   const Precision& precision = scan.precisions[entry.group];
   const Place place = place_of(dirty.param, param, grad.dtype, precision);
-  if (!find_form(precision, param, place, grad.dtype, num_states, dirty.entry, &form)) form.num_states = 0;
+  if (!find_form(precision, param, place, grad.dtype, num_states, first_.position + dirty.entry, &form))
+    form.num_states = 0;
   return form;
 }
 
@@ -402,8 +403,8 @@ void Stepper::check_memory(Scan* scan) {
     return "state '" + py::handle(state_name(entry, region.stream - kState)).cast<std::string>() + "'";
   };
   const auto where = [&](const WrittenMemory::Region& region) {
-    const Entry& entry = entries_[region.owner];
-    return "param_groups[" + std::to_string(entry.group) + "]['params'][" + std::to_string(entry.index) + "]" +
+    const ParamName at = name(entries_[region.owner], *scan);
+    return "param_groups[" + std::to_string(at.group) + "]['params'][" + std::to_string(at.index) + "]" +
            (region.stream == kParam ? "" : " (its " + what(region) + ")");
   };
   const auto rebuild = [&] {
