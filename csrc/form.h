@@ -12,7 +12,7 @@ namespace fusedopt {
 enum class Companion : uint8_t {
   kNone,
   kMaster,        // that value in float32
-  kRemainder,     // what bfloat16 lacks of it: a signed integer, in the bits of a bfloat16
+  kRemainder,     // what bfloat16 lacks of it, a signed integer of 16 bits; as a tensor, its two bytes
   kCompensation,  // what rounding took (Kahan), in the parameter's dtype
 };
 

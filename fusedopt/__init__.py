@@ -11,14 +11,17 @@ from .adamw import AdamW
 from .clip import clip_grad_norm_
 from .grad_scaler import GradScaler
 from .radam import RAdam
+from .step_in_backward import BackwardSteps, step_in_backward
 
 __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "BackwardSteps",
     "GradScaler",
     "RAdam",
     "__version__",
     "clip_grad_norm_",
     "show_config",
+    "step_in_backward",
 ]

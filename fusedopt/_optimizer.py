@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, that imports torch._dynamo at the first call only
 from torch.optim import Optimizer
 
 from . import _precision as precision
@@ -156,6 +157,7 @@ class FusedOptimizer(Optimizer):
     def _any_differentiable(self) -> bool:
         return any(group["differentiable"] for group in self.param_groups)
 
+    @_disable_dynamo  # torch.compile leaves its graph here; it would look at all parameters before every step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient, in one native call.
 
@@ -398,7 +400,10 @@ class FusedOptimizer(Optimizer):
             full = precision.full_value(param, known) if kind != param.dtype else None
             begin = param.detach() if full is None else full
             return begin.to(kind, copy=True, memory_format=torch.preserve_format)
-        if name in ("param_remainder", "compensation"):
+        if name == "param_remainder":
+            nothing = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
+            return precision.as_bytes(nothing)
+        if name == "compensation":
             return torch.zeros_like(param, dtype=kind, memory_format=torch.preserve_format)
         if name == "scales":
             codes = {key: value for key, value in others.items() if key != "step"}

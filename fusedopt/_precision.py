@@ -30,6 +30,23 @@ def _blocks(param: Tensor) -> tuple[int, int]:
     return param.shape[0] if param.dim() else 1, -(-max(param.shape[1:].numel(), 1) // _C.code_block)
 
 
+def _is_codes(name: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and name not in COMPANIONS
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """An int16 tensor as what a state has: two bytes for each element, in a last dimension. The same memory.
+
+    Torch's collectives move no int16, and neither bfloat16 nor float16 would do: some bits are those of a NaN.
+    """
+    return words.unsqueeze(-1).view(torch.uint8)
+
+
+def words(remainder: Tensor) -> Tensor:
+    """The reverse."""
+    return remainder.contiguous().view(torch.int16).squeeze(-1)
+
+
 def part_here(param: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """A parameter and its state; of DTensors, the parts that this process has."""
     if not sharding.is_distributed(param):
@@ -45,8 +62,12 @@ def whole(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     def wrapped(name: str, value: Any) -> Any:
         if name == "step" or not isinstance(value, Tensor) or sharding.is_distributed(value):
             return value
-        last_dims = (*_blocks(param)[1:], value.shape[-1]) if name == "scales" else None
-        return sharding.wrap(value, param, last_dims)
+        if name == "scales":
+            shape = (*_blocks(param), value.shape[-1])
+            return sharding.wrap(value, param, shape, torch.empty(shape, device="meta").stride())
+        if name == "param_remainder":
+            return sharding.wrap(value, param, (*param.shape, 2), (*(2 * stride for stride in param.stride()), 1))
+        return sharding.wrap(value, param, param.shape, param.stride())
 
     return {name: wrapped(name, value) for name, value in state.items()}
 
@@ -71,7 +92,7 @@ def decode(state: dict[str, Any], name: str) -> Tensor:
     if "scales" not in state:
         raise ValueError(f"fusedopt: a state_dict has {name!r} in codes, and lacks their 'scales'")
     scales = state["scales"].cpu().contiguous()
-    k = [key for key, tensor in state.items() if isinstance(tensor, Tensor) and tensor.dtype == torch.uint8].index(name)
+    k = [key for key, tensor in state.items() if _is_codes(key, tensor)].index(name)
     out = torch.empty(value.shape, dtype=torch.float32, device="cpu")
     _C.decode_state(value.cpu().contiguous(), name in _SIGNED, k, scales, out)
     return out.to(value.device)
@@ -90,7 +111,7 @@ def full_value(param: Tensor, state: dict[str, Any]) -> Tensor | None:
         return torch.where(_rounded(master, param.dtype) == param, master, param.float())
     if "param_remainder" in state and param.dtype == torch.bfloat16:
         high = param.contiguous().view(torch.int16).to(torch.int32) << 16
-        joined: Tensor = (high + state["param_remainder"].view(torch.int16).to(torch.int32)).view(torch.float32)
+        joined: Tensor = (high + words(state["param_remainder"]).to(torch.int32)).view(torch.float32)
         return torch.where(joined.isnan(), param.float(), joined)
     if "compensation" in state and state["compensation"].dtype == param.dtype:
         lost: Tensor = state["compensation"]
@@ -118,7 +139,7 @@ def _companion(name: str, dtype: torch.dtype, param: Tensor, value: Tensor) -> T
     bits = value.contiguous().view(torch.int32)
     low = (bits - (((bits + 0x8000) >> 16) << 16)).to(torch.int16)
     same = _rounded(value, torch.bfloat16) == param.detach()
-    return torch.where(same & ~value.isnan(), low, torch.zeros_like(low)).view(dtype)
+    return as_bytes(torch.where(same & ~value.isnan(), low, torch.zeros_like(low)))
 
 
 def _form(optimizer: FusedOptimizer, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
@@ -252,14 +273,14 @@ def prepare(
             if form:
                 rest = state.get("param_remainder")
                 if isinstance(rest, Tensor) and rest.dtype == torch.int16:  # as before 0.1.0 was released
-                    state = {**state, "param_remainder": rest.view(torch.bfloat16)}
+                    state = {**state, "param_remainder": as_bytes(rest)}
                 _check(cls, live, index, param, form, state)
                 states[key] = {
                     name: _Exact(value) if isinstance(value, Tensor) and name != "step" else value
                     for name, value in state.items()
                 }
                 continue
-            if any(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in state.values()):
+            if any(_is_codes(name, value) for name, value in state.items()):
                 _fail(cls, live, index, "is in codes, which its options have no use for")
             # What is left of options that were switched off.
             state = states[key] = {k: v for k, v in state.items() if k not in COMPANIONS}
@@ -291,7 +312,7 @@ def _fail(cls: str, group: dict[str, Any], index: int, problem: str, remedy: str
 def _check(
     cls: str, group: dict[str, Any], index: int, param: Tensor, form: dict[str, torch.dtype], state: dict[str, Any]
 ) -> None:
-    num_coded = sum(dtype == torch.uint8 for dtype in form.values())
+    num_coded = sum(dtype == torch.uint8 and name not in COMPANIONS for name, dtype in form.items())
     for name, dtype in form.items():
         value = state.get(name)
         if not isinstance(value, Tensor):
@@ -300,7 +321,11 @@ def _check(
         elif value.dtype != dtype:
             _fail(cls, group, index, f"has {name!r} in {value.dtype}, and its options need {dtype}")
         else:
-            wanted = (*_blocks(param), num_coded) if name == "scales" else tuple(param.shape)
+            wanted = tuple(param.shape)
+            if name == "scales":
+                wanted = (*_blocks(param), num_coded)
+            elif name == "param_remainder":
+                wanted = (*wanted, 2)
             if tuple(value.shape) != wanted:
                 what = f"has {name!r} of shape {tuple(value.shape)}, and a parameter of shape {tuple(param.shape)}"
                 _fail(cls, group, index, f"{what} needs {wanted}", "is it that of another model?")

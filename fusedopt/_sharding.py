@@ -27,19 +27,13 @@ def local(value: Any) -> Any:
     return value.detach().to_local() if is_distributed(value) else value
 
 
-def wrap(part: Tensor, like: Tensor, last_dims: tuple[int, ...] | None = None) -> Tensor:
-    """The DTensor, placed as another one, of which this process has a part; of any other tensor the part itself.
-
-    last_dims: its shape behind dimension 0, if that is not the other's.
-    """
-    if not is_distributed(like):
-        return part
+def wrap(part: Tensor, like: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """The DTensor of some shape, placed as another one, of which this process has a part."""
     from torch.distributed.tensor import DTensor
 
     whole = cast("DTensor", like)
-    shape = whole.shape if last_dims is None else torch.Size((whole.shape[0] if whole.dim() else 1, *last_dims))
-    stride = whole.stride() if last_dims is None else torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, whole.device_mesh, whole.placements, run_check=False, shape=shape, stride=stride)
+    size = torch.Size(shape)
+    return DTensor.from_local(part, whole.device_mesh, whole.placements, run_check=False, shape=size, stride=stride)
 
 
 def same_place(a: DTensor, b: DTensor) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import _sharding as sharding
 from ._config import _C
@@ -17,6 +18,7 @@ def _buffer(size: int, device: str) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=device)
 
 
+@_disable_dynamo  # as of step()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,

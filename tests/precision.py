@@ -109,10 +109,10 @@ def round_stochastic(x: np.ndarray, dtype: torch.dtype, r: np.ndarray) -> Tensor
 
 
 def split(x: np.ndarray) -> tuple[Tensor, Tensor]:
-    """A float32 as a bfloat16 and what is missing, an int16 in the bits of another."""
+    """A float32 as a bfloat16 and what is missing, the two bytes of an int16."""
     b = bits32(x)
     remainder = torch.from_numpy(np.where(np.isnan(x), 0, b & 0xFFFF).astype(np.uint16).view(np.int16))
-    return round_away(x), remainder.view(torch.bfloat16)
+    return round_away(x), remainder.unsqueeze(-1).view(torch.uint8)
 
 
 def reconstruct(p: Tensor, remainder: Tensor) -> np.ndarray:
@@ -312,7 +312,11 @@ class FormTranscription:
         if companion == "master_param":
             state[companion] = param.detach().float().contiguous()
         elif companion is not None:
-            state[companion] = torch.zeros(shape, dtype=param.dtype)
+            state[companion] = (
+                torch.zeros(*shape, 2, dtype=torch.uint8)
+                if companion == "param_remainder"
+                else torch.zeros(shape, dtype=param.dtype)
+            )
         return state
 
     def value(self, param: Tensor, state: State) -> np.ndarray:
@@ -354,7 +358,7 @@ class FormTranscription:
         for k, name in enumerate(self.formula.names):
             stored = state[name]
             values = floats(stored)
-            if stored.dtype == torch.uint8:
+            if stored.dtype == torch.uint8 and name not in COMPANIONS:
                 scales = state["scales"][:, :, k].numpy()
                 values = decode_blocks(stored.flatten().numpy(), scales, tuple(stored.shape), BLOCK, code_of(name))
             found[name] = torch.from_numpy(values).view(stored.shape)
@@ -395,7 +399,8 @@ class FormTranscription:
         r = draws(param.numel(), self.form.seed, position, count)
         p, companion = self.store(floats(new), param.dtype, r[0])
         after = self.store_moments(moments, self.form.stored_state(param), r)
-        after.update({name: value.view(param.shape) for name, value in companion.items()})
+        of_bytes = {"param_remainder": (2,)}
+        after.update({name: value.view((*param.shape, *of_bytes.get(name, ()))) for name, value in companion.items()})
         return p.view(param.shape), after
 
 

@@ -15,6 +15,23 @@ static std::string placement(PyObject* tensor) {
          py::str(t.attr("device_mesh")).cast<std::string>();
 }
 
+// Makes words of 16 bits of a tensor of bytes that has two for each of the parameter's elements.
+static bool as_words(TensorView* bytes, const TensorView& param, int64_t* strides) {
+  const int ndim = param.ndim;
+  if (bytes->ndim != ndim + 1 || !std::equal(param.shape, param.shape + ndim, bytes->shape)) return false;
+  if (bytes->shape[ndim] != 2 || bytes->strides[ndim] != 1) return false;
+  if (bytes->device != kCpu && reinterpret_cast<uintptr_t>(bytes->data) % 2 != 0) return false;
+  for (int d = 0; d < ndim; ++d) {
+    if (bytes->strides[d] % 2 != 0) return false;
+    strides[d] = bytes->strides[d] / 2;
+  }
+  bytes->dtype = DType::kBFloat16;  // of as many bytes
+  bytes->ndim = ndim;
+  bytes->shape = param.shape;
+  bytes->strides = strides;
+  return true;
+}
+
 // The form of a row of the moving average alone.
 static Form average_form(Form form) {
   form.grad = form.param;
@@ -139,6 +156,8 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   const bool is_coded = form && form->is_coded();
   const bool has_companion = form && form->companion != Companion::kNone;
   PyObject* tensors[kMaxStreams] = {param, grad};
+  TensorView read_as[kMaxStreams];  // the state
+  int64_t word_strides[kMaxDims];
   streams.count = kState + num_states + is_coded + has_companion + (has_grad && has_ema);
   entry.num_states = static_cast<int8_t>(num_states);
   entry.num_streams = static_cast<int8_t>(streams.count);
@@ -155,8 +174,25 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
            "loaded? Delete this parameter's state to begin anew");
     tensor = read(kState + k, tensor, what, false);
     const TensorView &got = streams.view[kState + k], &param = streams.view[kParam];
-    must_be(kState + k, what, formed ? formed->dtype(kState + k) : param.dtype, param.is_complex);
-    if (key == str_scales_) {
+    const bool is_remainder =
+        formed && formed->companion == Companion::kRemainder && kState + k == formed->companion_stream();
+    must_be(kState + k, what,
+            is_remainder ? DType::kCode
+            : formed     ? formed->dtype(kState + k)
+                         : param.dtype,
+            param.is_complex);
+    read_as[kState + k] = got;
+    if (is_remainder) {
+      const auto wanted = [&] {
+        std::string shape = param.shape_string();
+        shape.pop_back();
+        return shape + (param.ndim > 1 ? ", 2)" : param.ndim == 1 ? " 2)" : "2,)");
+      };
+      if (!as_words(&streams.view[kState + k], param, word_strides))
+        fail(who, what,
+             "has shape " + got.shape_string() + ", not the " + wanted() +
+                 " of the two bytes of each element, side by side and at even strides");
+    } else if (key == str_scales_) {
       const int64_t wanted[] = {param.ndim == 0 ? 1 : param.shape[0], formed->blocks_per_row(), num_states};
       if (got.ndim != 3 || !std::equal(wanted, wanted + 3, got.shape) || !got.is_contiguous())
         fail(who, what,
@@ -228,7 +264,7 @@ void Stepper::refresh(const Dirty& dirty, PyObject* param_state, Scan* scan) {
   entry.step_signature = Signature::of(step_tensor, step);
   bool signed_all = entry.step_signature != nullptr && (grad != nullptr || !has_grad);
   for (int k = 0; k < streams.count; ++k) {
-    entry.signature[k] = tensors[k] ? Signature::of(tensors[k], streams.view[k]) : nullptr;
+    entry.signature[k] = tensors[k] ? Signature::of(tensors[k], k < kState ? streams.view[k] : read_as[k]) : nullptr;
     signed_all &= entry.signature[k] != nullptr || (k == kGrad && !has_grad);
   }
   // What may be updated depends on the mode for an inference tensor: never taken the quick way.
@@ -307,7 +343,8 @@ py::list Stepper::names_of(const Form& form, int variant, bool wants_state, bool
     for (int k = 0; k < rule_->num_states(variant); ++k) add(state_names_[k], form.state);
     if (form.is_coded()) add(str_scales_, DType::kFloat32);
     if (form.companion != Companion::kNone)
-      add(str_companions_[static_cast<int>(form.companion)], form.dtype(form.companion_stream()));
+      add(str_companions_[static_cast<int>(form.companion)],
+          form.companion == Companion::kRemainder ? DType::kCode : form.dtype(form.companion_stream()));
   }
   if (wants_ema) add(str_ema_, form.ema);
   return names;
