@@ -6,15 +6,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu*)
 
-.PHONY: test train bench lint asan faults sass format clean
+.PHONY: test train examples bench lint asan faults sass format clean
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-train: $(VENV)/.examples
+train: $(VENV)/.train
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
-bench: $(VENV)/.examples
+# The examples under examples/frameworks, in these frameworks; one that is missing is a failure.
+examples: $(VENV)/.test $(VENV)/.examples
+	FUSEDOPT_NO_SKIPS=1 $(BIN)/python -m pytest -q -n 2 tests/test_frameworks.py
+
+bench: $(VENV)/.train
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 # Style, types and formatting; the source is not changed (`make format` does that).
@@ -55,13 +59,18 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q --no-deps -e .
 	touch $@
 
-# What an extra needs, by name: to install '.[test]' would build the package again.
-extra = $(BIN)/python -c 'import sys; from importlib.metadata import requires; \
-	print(*(r.split(";")[0] for r in requires("fusedopt") if "\"%s\"" % sys.argv[1] in r), sep="\n")' $(1) \
+# What an extra needs, by name: to install '.[test]' would build the package again. Torch stays what it is.
+extra = $(BIN)/python -c 'import sys; from importlib.metadata import requires, version; \
+	needs = [r.split(";")[0] for r in requires("fusedopt") if "\"%s\"" % sys.argv[1] in r]; \
+	print("torch==" + version("torch"), *needs, sep="\n")' $(1) \
 	| $(BIN)/python -m pip install -q -r /dev/stdin
 
 $(VENV)/.test: $(VENV)/.built
 	$(call extra,test)
+	touch $@
+
+$(VENV)/.train: $(VENV)/.built
+	$(call extra,train)
 	touch $@
 
 $(VENV)/.examples: $(VENV)/.built

@@ -10,6 +10,7 @@ from .adam import Adam
 from .adamw import AdamW
 from .clip import clip_grad_norm_
 from .grad_scaler import GradScaler
+from .offload import CPUOffload
 from .radam import RAdam
 from .step_in_backward import BackwardSteps, step_in_backward
 
@@ -18,6 +19,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "BackwardSteps",
+    "CPUOffload",
     "GradScaler",
     "RAdam",
     "__version__",

@@ -62,7 +62,8 @@ class FusedOptimizer(Optimizer):
         seed: of all stochastic rounding, 0 <= seed < 2**64 (default: 0). With the step, the parameter's position and
             the element's row-major index it determines every draw.
 
-    With parameters that are shards of others', norm and skip are of the shards that this optimizer has.
+    Of DTensors, norm and skip are about the gradients of all ranks, in one all-reduce (`docs/distributed.md`); of other
+    parameters that are shards, about those that this optimizer has.
 
     Raises:
         ValueError, TypeError: one of these is out of range, or no number, or, in :meth:`step`, not the same in all
@@ -135,10 +136,12 @@ class FusedOptimizer(Optimizer):
     # GradScaler hands its scale and its verdict to the step (`grad_scale`, `found_inf`) instead of unscaling first.
     # Torch's own path, taken when differentiable, cannot honour them; nor can a step that counts on the CPU know a
     # verdict that lies on a GPU without waiting for it. Then GradScaler unscales and waits itself, as for torch's loop.
+    # So it does with fused=False: under mixed precision Lightning refuses to clip gradients where this is True.
     @property
     def _step_supports_amp_scaling(self) -> bool:
         return not self._any_differentiable() and all(
-            _counts_on_device(group) or not any(param.is_cuda for param in group["params"])
+            group.get("fused") is not False
+            and (_counts_on_device(group) or not any(param.is_cuda for param in group["params"]))
             for group in self.param_groups
         )
 
@@ -148,6 +151,10 @@ class FusedOptimizer(Optimizer):
 
     @cached_property
     def _stepper(self) -> Any:
+        # Lightning's wrappers take on our class, and with it this property: theirs is the wrapped optimizer's.
+        wrapped = self.__dict__.get("_optimizer")
+        if isinstance(wrapped, FusedOptimizer):
+            return wrapped._stepper
         return _C.Stepper(self._rule, type(self).__name__)
 
     @property

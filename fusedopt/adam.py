@@ -39,7 +39,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             graph: make a step before, and see :meth:`update_captured` (default: False). On the CPU it changes nothing.
         differentiable: True takes torch's own for-loop, through which autograd can run (default: False).
         fused: every step is fused; True puts the step counts of CUDA parameters on their device, where a
-            :class:`torch.amp.GradScaler` need not wait for them (default: None).
+            :class:`torch.amp.GradScaler` need not wait for them; False leaves unscaling to it (default: None).
         decoupled_weight_decay: decay the parameter itself, as AdamW does, instead of adding to the gradient
             (default: False).
 
