@@ -83,7 +83,7 @@ some_pass() {
 
 tests() {
   local workers=() which=(tests --ignore=tests/test_cuda_gpu.py) # that one is the next stage's
-  if python3 -c 'import xdist' 2>/dev/null; then workers=(-p xdist.plugin -n 8); fi
+  if python3 -c 'import xdist' 2>/dev/null; then workers=(-p xdist.plugin -n 8 --dist loadgroup); fi
   if ! python3 -c 'import ml_dtypes' 2>/dev/null; then
     echo "ml_dtypes is missing: only tests/test_cuda*.py"
     which=()
@@ -159,11 +159,12 @@ stage() {
 
 stage facts 25 facts.txt facts
 stage build 110 build.txt build
-stage tests 100 tests.txt tests
+stage tests 130 tests.txt tests
 stage tests-gpu 90 tests-gpu.txt tests_gpu
 stage memcheck 45 sanitizer.txt sanitizer memcheck
 stage racecheck 45 sanitizer.txt sanitizer racecheck
-# The last one has what is left, at least 150 s.
+stage offload 25 offload.txt python3 -m benchmarks.offload --quick --json "$OUT/offload.json"
+# The last one has what is left, at least 110 s.
 left=$((LIMIT - SECONDS))
 stage benchmarks "$left" gpu.txt python3 -m benchmarks.gpu --json "$OUT/gpu.json" --seconds "$((left - 15))"
 

@@ -26,10 +26,12 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt._config import _C
 
 # Of 2 and of 4 ranks: even, uneven, with empty shards, rows of codes and of too few elements for them, no dimension.
 SHAPES = ((8, 6), (7, 5), (3, 200), (6, 300), (13,), (1, 256), (5, 3, 4), (0, 4))
 SHARD = (Shard(0),)
+DRAWN: dict[str, Any] = {"rounding": "stochastic", "state_dtype": "int8"}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -410,6 +412,35 @@ def expect(kind: type[Exception], message: str, function: Any, *more: str) -> No
             assert part in str(error), str(error)
     else:
         raise AssertionError(f"no {kind.__name__}: {message}")
+
+
+def with_the_cuda_source(library: str) -> None:
+    """The kernels' source on the host: two launches of the norm, between which the totals are added up; and draws."""
+    mesh = mesh_of(dist.get_world_size())
+    results = {}
+    for way in ("", library):
+        _C.set_cuda_on_host(way, False)
+        try:
+            parted, whole = both(BY_ID["adamw-decay"], mesh, [SHARD, None, (Replicate(),)], max_grad_norm=0.5)
+            drawn, undrawn = both(
+                BY_ID["adam"], mesh, [(Shard(1),), SHARD], [(8, 512), (7, 300)], torch.bfloat16, **DRAWN
+            )
+            for step in range(3):
+                set_grads(parted, whole, step)
+                set_grads(drawn, undrawn, step)
+                before = _C.units_run()["cuda"]
+                parted.step()
+                assert _C.units_run()["cuda"] - before == (3 if way else 0)  # the norm, the decision, the step
+                drawn.step()
+            norm = fusedopt.clip_grad_norm_(params_of(parted), 0.1)
+            tensors = [here(p.detach()) for optimizer in (parted, drawn) for p in params_of(optimizer)]
+            states = [here(v) for o in (parted, drawn) for p in params_of(o) for v in o.state[p].values()]
+            grads = [here(p.grad) for p in params_of(parted)]
+            results[way] = [*tensors, *states, *grads, parted.grad_norm, norm]
+        finally:
+            _C.set_cuda_on_host("", False)
+    for got, expected in zip(results[library], results[""], strict=True):
+        assert_equal(got, expected, "by the CUDA source")
 
 
 # --- torch.distributed.checkpoint ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,11 @@ def test_across_ranks(ranks: Pools, check: Callable[[], None]) -> None:
 )
 def test_parts(ranks: Pools, check: Callable[[], None]) -> None:
     ranks(2).run(check)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_with_the_cuda_source(ranks: Pools, cuda_library: ctypes.CDLL, size: int) -> None:
+    ranks(size).run(sharded.with_the_cuda_source, cuda_library._name)
 
 
 # --- torch.distributed.checkpoint ------------------------------------------------------------------------------------
