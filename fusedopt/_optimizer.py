@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, that impor
 from torch.optim import Optimizer
 
 from . import _precision as precision
+from . import _sharding as sharding
 from ._config import _C
 
 
@@ -237,11 +238,16 @@ class FusedOptimizer(Optimizer):
             answer[6] = steps
 
     def _only_device(self) -> torch.device | None:
-        """The device of all parameters with gradients; None if there are several, or none."""
+        """The device of all parameters with gradients; None if there are several, or none.
+
+        A DTensor's, if there are none: other ranks may have some, and then wait for what is measured here.
+        """
         params = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
         first = next(params, None)
         if first is None:
-            return None
+            parted = (p for group in self.param_groups for p in group["params"] if sharding.is_distributed(p))
+            first = next(parted, None)
+            return None if first is None else first.device
         # After a step the native core knows at once; it raises an error should it be wrong now.
         one = self._stepper.num_devices == 1 or all(p.device == first.device for p in params)
         return first.device if one else None

@@ -17,6 +17,7 @@ OPTIONS = ("master_weights", "rounding", "state_dtype", "seed")
 COMPANIONS = ("master_param", "param_remainder", "compensation")
 _SIGNED = {"exp_avg"}  # the others are never negative, and have other codes
 _CONVERT = "load_state_dict(..., convert=True) converts it"
+_DISTRIBUTE = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict distributes state as parameters are"
 
 
 def portable_options(group: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def as_bytes(words: Tensor) -> Tensor:
 
 def words(remainder: Tensor) -> Tensor:
     """The reverse."""
-    return remainder.contiguous().view(torch.int16).squeeze(-1)
+    aligned = remainder.contiguous() if remainder.storage_offset() % 2 == 0 else remainder.clone()
+    return aligned.contiguous().view(torch.int16).squeeze(-1)
 
 
 def part_here(param: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -266,6 +268,7 @@ def prepare(
             state = states.get(key)
             if not isinstance(state, dict) or not state:
                 continue
+            _check_places(cls, live, index, param, state)
             form = _form(optimizer, param, group)
             if convert:
                 here, state = part_here(param, state)
@@ -307,6 +310,18 @@ def _fail(cls: str, group: dict[str, Any], index: int, problem: str, remedy: str
         f"{cls}.load_state_dict: the checkpoint's state of parameter {index} of a group{name} {problem}; "
         f"{remedy}. Nothing was changed"
     )
+
+
+def _check_places(cls: str, group: dict[str, Any], index: int, param: Tensor, state: dict[str, Any]) -> None:
+    parted = sharding.is_distributed(param)
+    for name, value in state.items():
+        if name == "step" or not isinstance(value, Tensor):
+            continue
+        if sharding.is_distributed(value) != parted:
+            what = f"has {name!r} as {'a plain tensor' if parted else 'a DTensor'}, and the parameter is "
+            _fail(cls, group, index, what + ("a DTensor" if parted else "none"), _DISTRIBUTE)
+        if parted and not sharding.same_place(value, param):  # type: ignore[arg-type]
+            _fail(cls, group, index, f"has {name!r} placed otherwise than the parameter", _DISTRIBUTE)
 
 
 def _check(

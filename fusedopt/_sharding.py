@@ -85,6 +85,13 @@ def _indices(param: DTensor, dim: int) -> Tensor:
     return index
 
 
+def _inner_dims(whole: DTensor) -> list[int]:
+    """The dimensions behind the first that are sharded: by what all ranks know, so that all raise or none."""
+    mesh = whole.device_mesh
+    dims = {_sharded_dim(placement) for i, placement in enumerate(whole.placements) if mesh.size(i) > 1}
+    return sorted(dim for dim in dims if dim)
+
+
 def place(param: Tensor) -> tuple[int, int, int, int]:
     """Where this process's elements of a DTensor lie in the whole tensor, in row-major order.
 
@@ -97,6 +104,9 @@ def place(param: Tensor) -> tuple[int, int, int, int]:
     whole = cast("DTensor", param)
     shape, part = whole.shape, local(whole).shape
     row_numel = shape[1:].numel()
+    inner = _inner_dims(whole)
+    if len(inner) > 1:
+        raise ValueError(f"is a DTensor that is sharded along several dimensions behind the first, {inner}")
     if not shape or shape == part or shape.numel() == 0:
         return 0, 0, 0, row_numel
     cut = [dim for dim in range(len(shape)) if part[dim] != shape[dim]]
@@ -108,9 +118,6 @@ def place(param: Tensor) -> tuple[int, int, int, int]:
                 f"is a DTensor of shape {tuple(shape)}, of whose dimension {dim} the placements "
                 f"{tuple(whole.placements)} give this process no single piece of {part[dim]}"
             )
-    inner = [dim for dim in cut if dim > 0]
-    if len(inner) > 1:
-        raise ValueError(f"is a DTensor that is sharded along several dimensions behind the first, {inner}")
     strides = torch.empty(shape, device="meta").stride()
     first = sum(int(index[0]) * strides[dim] for dim, index in indices.items() if len(index))
     if not inner:
@@ -127,16 +134,18 @@ def check_blocks(param: Tensor, block: int) -> None:
         ValueError: they are not.
     """
     whole = cast("DTensor", param)
+    dims = _inner_dims(whole)
+    size = whole.shape[1] if whole.dim() > 1 else 1
     for i, placement in enumerate(whole.placements):
-        dim = _sharded_dim(placement)
-        if not dim:
-            continue
-        piece = -(-whole.shape[dim] // whole.device_mesh.size(i)) * whole.shape[dim + 1 :].numel()
-        if dim != 1 or piece % block != 0:
-            raise ValueError(
-                f"is a DTensor whose rows are cut by {placement} into pieces of {piece} elements, and 8-bit state "
-                f"needs multiples of {block} along dimension 1: use torch.bfloat16 or torch.float32 as state_dtype"
-            )
+        if _sharded_dim(placement) == 1:
+            size = -(-size // whole.device_mesh.size(i))
+    piece = size * whole.shape[2:].numel()
+    if dims and (dims != [1] or piece % block != 0):
+        raise ValueError(
+            f"is a DTensor whose rows are cut along {dims}, as {tuple(whole.placements)} says, into pieces of {piece} "
+            f"elements, and 8-bit state needs multiples of {block}, along dimension 1 alone: use torch.bfloat16 or "
+            "torch.float32 as state_dtype"
+        )
 
 
 def reduction_of(params: list[Tensor]) -> Reduction | None:
@@ -148,12 +157,19 @@ def reduction_of(params: list[Tensor]) -> Reduction | None:
     module = sys.modules.get("torch.distributed.tensor")
     if module is None or not any(isinstance(param, module.DTensor) for param in params):
         return None
-    for param in params:
+    for index, param in enumerate(params):
         if not is_distributed(param) or not is_distributed(param.grad):
             continue
         whole, grad = cast("DTensor", param), cast("DTensor", param.grad)
-        if not same_place(grad, whole):
-            param.grad = placed_as(grad, whole)
+        if same_place(grad, whole):
+            continue
+        placed = placed_as(grad, whole)
+        if placed is None:
+            raise RuntimeError(
+                f"clip_grad_norm_: the gradient of parameter {index} is on {grad.device_mesh}, and the parameter on "
+                f"{whole.device_mesh}: redistribute it"
+            )
+        param.grad = placed
     return Reduction(params)
 
 
@@ -181,7 +197,9 @@ class Reduction:
         self._along = None if len(meshes) > 1 or len(dims) > 1 else next(iter(dims), 0)
         self._known: dict[tuple[Any, Any], bool] = {}
         self.group = self._find_group(meshes)
-        self._device = meshes[0].device_type
+        self.device = local(parted[0]).device
+        # What all ranks agree on, whichever gradients they have.
+        self.is_double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
         self.counts = [self._counts(tensor, meshes[0]) for tensor in tensors]
 
     def _find_group(self, meshes: list[DeviceMesh]) -> ProcessGroup:
@@ -219,10 +237,17 @@ class Reduction:
 
     def add_up_numbers(self, sum_of_squares: float = 0, largest: float = 0) -> list[float]:
         """`add_up` of numbers. Zero, where nothing is to be measured: the others wait for all to take part."""
-        totals = torch.tensor([sum_of_squares, largest], dtype=torch.float64, device=self._device)
+        totals = torch.tensor([sum_of_squares, largest], dtype=torch.float64, device=self.device)
         self.add_up(totals)
         found: list[float] = totals.tolist()
         return found
+
+    def tell(self, totals: Tensor, report: Tensor | None) -> None:
+        """`add_up` with nothing of this process's, where that is on a GPU; `report` is told of an inf or nan."""
+        totals.zero_()
+        self.add_up(totals)
+        if report is not None:
+            report.fill_(0).add_((~totals.isfinite()).any())
 
     def add_up(self, totals: Tensor) -> None:
         """Replace the sum of squares and the largest magnitude of this process by those of all: one all-reduce.

@@ -52,15 +52,25 @@ def clip_grad_norm_(
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     order = float(norm_type)
     if order in (2.0, math.inf):
+        reduction = sharding.reduction_of(params)
+        if reduction is not None and error_if_nonfinite and reduction.device.type != "cpu":
+            raise RuntimeError(
+                "clip_grad_norm_: error_if_nonfinite is not supported for DTensors on a GPU: look at the norm returned"
+            )
         found = _clipper.clip(
             params,
             float(max_norm),
             order != 2,
             error_if_nonfinite,
             _buffer,
-            sharding.reduction_of(params),
+            reduction,
             torch.get_num_threads(),
         )
+        if found is None and reduction is not None:  # torch's way communicates otherwise than other ranks may
+            raise RuntimeError(
+                "clip_grad_norm_: beside DTensors all gradients must be dense, on one device, without memory in "
+                "common, and not complex with norm_type=inf"
+            )
         if found is not None:
             norm, is_double = found
             dtype = torch.float64 if is_double else torch.float32

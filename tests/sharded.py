@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from optimizers import BY_ID, Row, generator
+from optimizers import BY_ID, FLOATS, Row, generator
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
@@ -292,18 +293,106 @@ def skips_together() -> None:
 
 
 def norm_without_gradients_here() -> None:
-    """A rank that has no gradient takes part in the norm of those that have."""
+    """A rank that has no gradient takes part in the norm of those that have, and finds it."""
     mesh = mesh_of(dist.get_world_size())
     parted, whole = both(BY_ID["adam"], mesh, [SHARD], shapes=((8, 3), (4, 2)), max_grad_norm=1.0)
     set_grads(parted, whole, 0)
+    first = [q.grad.chunk(dist.get_world_size())[0].flatten() for q in params_of(whole)]
     if dist.get_rank() > 0:
         for p in params_of(parted):
             p.grad = None
     parted.step()
-    if dist.get_rank() == 0:
-        pairs = zip(params_of(parted), params_of(whole), strict=True)
-        mine = torch.cat([q.grad[: p.to_local().shape[0]].flatten() for p, q in pairs])
-        torch.testing.assert_close(parted.grad_norm, mine.norm(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(parted.grad_norm, torch.cat(first).norm(), rtol=1e-6, atol=0)
+
+
+def verdicts_without_gradients_here() -> None:
+    """An inf on one rank, and no gradient on the others: all skip, averages too, and GradScalers agree."""
+    mesh = mesh_of(dist.get_world_size())
+    for scaler in (None, fusedopt.GradScaler("cpu", init_scale=4.0)):
+        for good_steps in (2, 0):  # the averages have begun, or not
+            placements = [SHARD, (Replicate(),)]
+            parted, _ = both(
+                BY_ID["adam"], mesh, placements, [(8, 3), (4, 2)], ema_decay=0.5, skip_nonfinite=not scaler
+            )
+            for step in range(good_steps + 2):
+                is_bad = step == good_steps
+                loss = torch.zeros(()) if scaler is None else scaler.scale(torch.zeros(()))
+                assert loss == 0
+                for p in params_of(parted):
+                    grad = torch.full(p.shape, torch.inf if is_bad else 0.5 + step)
+                    p.grad = placed(grad, p) if dist.get_rank() == 0 or not is_bad else None
+                before = [here(p.detach()).clone() for p in params_of(parted)]
+                averages = [here(parted.state[p]["ema"]).clone() for p in params_of(parted) if p in parted.state]
+                if scaler is None:
+                    parted.step()
+                else:
+                    scaler.step(parted)
+                    scaler.update()
+                if is_bad:
+                    for p, q in zip(params_of(parted), before, strict=True):
+                        assert torch.equal(here(p.detach()), q)
+                    for p, q in zip(params_of(parted), averages, strict=False):
+                        assert torch.equal(here(parted.state[p]["ema"]), q)
+                    assert parted.skipped_steps == 1
+                    assert scaler is None or scaler.get_scale() == (2.0 if good_steps else 1.0)
+            replica = params_of(parted)[1]
+            found = here(parted.state[replica]["ema"])
+            of_rank_0 = found.clone()
+            dist.broadcast(of_rank_0, 0)
+            assert torch.equal(found, of_rank_0)
+
+
+def dtypes_of_gradients() -> None:
+    """What is measured does not depend on which gradients a rank has."""
+    mesh = mesh_of(dist.get_world_size())
+    single, double = (distribute_tensor(torch.ones(4, 3, dtype=dtype), mesh, SHARD) for dtype in FLOATS)
+    optimizer = fusedopt.Adam([single, double], skip_nonfinite=True)
+    single.grad, double.grad = torch.ones_like(single), torch.ones_like(double)
+    if dist.get_rank() == 1:
+        double.grad = None
+        single.grad.to_local().fill_(torch.inf)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and optimizer.grad_norm == torch.inf
+    assert optimizer.grad_norm.dtype == torch.float64
+    assert bool((single.to_local() == 1).all())
+
+
+def loaded_elsewhere() -> None:
+    """State that is placed otherwise is not loaded, converted or not, and nothing changes."""
+    mesh = mesh_of(2, 2)
+    options = {"master_weights": True, "state_dtype": torch.bfloat16}
+    for convert in (False, True):
+        optimizers = []
+        for placements in ((Shard(0), Shard(1)), (Shard(1), Shard(0)), None):
+            parted, whole = both(BY_ID["adam"], mesh, [placements], [(8, 6)], torch.bfloat16, **options)
+            set_grads(parted, whole, 0)
+            parted.step()
+            optimizers.append(parted)
+        for saver, loader, message in ((0, 1, "placed otherwise"), (0, 2, "as a DTensor"), (2, 0, "as a plain tensor")):
+            (p,) = params_of(optimizers[loader])
+            before = optimizers[loader].state[p]["exp_avg"]
+            saved = optimizers[saver].state_dict()
+            load = partial(optimizers[loader].load_state_dict, saved, convert=convert)
+            expect(ValueError, message, load, "set_optimizer_state_dict")
+            assert optimizers[loader].state[p]["exp_avg"] is before
+
+
+def no_dtensor_any_more() -> None:
+    """A list may lose its DTensors."""
+    mesh = mesh_of(2)
+    parted, whole = both(BY_ID["adam"], mesh, [SHARD], [(4, 3)], max_grad_norm=1.0)
+    set_grads(parted, whole, 0)
+    parted.step()
+    plain = Parameter(torch.ones(3))
+    plain.grad = torch.ones(3)
+    parted.param_groups[0]["params"] = [plain]
+    parted.step()
+    torch.testing.assert_close(parted.grad_norm, torch.tensor(3.0).sqrt(), rtol=1e-6, atol=0)
+    other = init_device_mesh("cpu", (2, 1))
+    (p,) = params_of(both(BY_ID["adam"], mesh, [SHARD], [(4, 3)])[0])
+    p.grad = distribute_tensor(torch.ones(4, 3), other, (Shard(0), Replicate()))
+    expect(RuntimeError, "the gradient of parameter 0 is on", lambda: fusedopt.clip_grad_norm_([p], 1.0))
+    assert p.grad is not None
 
 
 def partial_gradients() -> None:
@@ -326,20 +415,24 @@ def new_parts() -> None:
     mesh = mesh_of(dist.get_world_size())
     for name in ("adamw-decay", "adagrad"):
         parted, whole = both(BY_ID[name], mesh, [SHARD])
+        set_grads(parted, whole, 0)
+        grads = [p.grad for p in params_of(parted)]
         for step in range(6):
-            set_grads(parted, whole, step)
             old = []
-            if step % 2:
-                for p in params_of(parted):
-                    state = [value for value in parted.state[p].values() if isinstance(value, DTensor)]
-                    for tensor in (p, p.grad, *(state if step == 3 else ())):
-                        part = tensor._local_tensor
-                        old.append((part, part.detach().clone()))
-                        tensor._local_tensor = part.detach().clone()
+            for p, q, grad in zip(params_of(parted), params_of(whole), grads, strict=True):
+                q.grad = torch.randn(q.shape, generator=generator(step + q.numel()))
+                grad._local_tensor.copy_(part(q.grad, p))
+                p.grad = grad
+                changed = [(), (p,), (grad,), parted.state[p].values(), (p, grad), ()][step]
+                for tensor in changed:
+                    if isinstance(tensor, DTensor):
+                        was = tensor._local_tensor
+                        old.append((was, was.detach().clone()))
+                        tensor._local_tensor = was.detach().clone()
             parted.step()
             whole.step()
-            for part, before in old:
-                assert torch.equal(part, before), "what is no part any more was written"
+            for was, before in old:
+                assert torch.equal(was, before), "what is no part any more was written"
         assert_same(parted, whole, name)
 
 
@@ -398,10 +491,14 @@ def wrong_state() -> None:
 
 def cut_codes() -> None:
     """Codes of columns that are no whole blocks are an error, the same one on all ranks."""
-    mesh = mesh_of(2)
-    parted, whole = both(BY_ID["adam"], mesh, [(Shard(1),)], [(4, 384)], state_dtype="int8")
-    set_grads(parted, whole, 0)
-    expect(RuntimeError, "into pieces of 192 elements, and 8-bit state needs multiples of 128", parted.step)
+    for size, placements, shape, message in (
+        ((4,), (Shard(1),), (4, 384), "into pieces of 96 elements, and 8-bit state needs multiples of 128"),
+        ((2, 2), (Shard(1), Shard(1)), (4, 256), "into pieces of 64 elements"),
+        ((2, 2), (Shard(1), Shard(2)), (4, 3, 1), "along several dimensions behind the first, [1, 2]"),
+    ):
+        parted, whole = both(BY_ID["adam"], mesh_of(*size), [placements], [shape], **DRAWN, dtype=torch.bfloat16)
+        set_grads(parted, whole, 0)
+        expect(RuntimeError, message, parted.step)
 
 
 def expect(kind: type[Exception], message: str, function: Any, *more: str) -> None:

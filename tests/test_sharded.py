@@ -87,7 +87,15 @@ def test_clip_grad_norm(ranks: Pools, size: int, norm_type: float) -> None:
 
 @pytest.mark.parametrize(
     "check",
-    [sharded.skips_together, sharded.norm_without_gradients_here, sharded.partial_gradients],
+    [
+        sharded.skips_together,
+        sharded.norm_without_gradients_here,
+        sharded.verdicts_without_gradients_here,
+        sharded.dtypes_of_gradients,
+        sharded.partial_gradients,
+        sharded.loaded_elsewhere,
+        sharded.cut_codes,
+    ],
     ids=lambda check: check.__name__,
 )
 def test_across_ranks(ranks: Pools, check: Callable[[], None]) -> None:
@@ -96,7 +104,7 @@ def test_across_ranks(ranks: Pools, check: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize(
     "check",
-    [sharded.new_parts, sharded.another_place, sharded.wrong_state, sharded.cut_codes],
+    [sharded.new_parts, sharded.another_place, sharded.wrong_state, sharded.no_dtensor_any_more],
     ids=lambda check: check.__name__,
 )
 def test_parts(ranks: Pools, check: Callable[[], None]) -> None:

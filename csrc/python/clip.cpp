@@ -97,7 +97,8 @@ py::object Clipper::clip(py::list params, double max_norm, bool infinity_norm, b
   Grads grads;
   if (!grads.read(params, infinity_norm, reduction)) return py::none();
   Question question{};
-  question.is_double = !grads.by_dtype[static_cast<int>(DType::kFloat64)].rows.empty();
+  question.is_double = !grads.by_dtype[static_cast<int>(DType::kFloat64)].rows.empty() ||
+                       (!reduction.is_none() && reduction.attr("is_double").cast<bool>());
   question.infinity_norm = question.largest = infinity_norm;
   question.clip = true;
   question.max_norm = max_norm;

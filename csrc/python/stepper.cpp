@@ -264,7 +264,7 @@ int64_t Stepper::prepare_rows(Scan* scan) {
   const Entry* last = nullptr;
   double last_step = 0;
   const void* scalars = nullptr;
-  if (scan->wants_norm) norm_is_double_ = false;
+  if (scan->wants_norm) norm_is_double_ = scan->adds_up && reduction_is_double_;
   const bool beside = scan->wants_norm || phase_.wants_stats() || scan->has_averages;
   if (beside || has_beside_) {
     beside_.resize(entries_.size());
@@ -390,6 +390,7 @@ int64_t Stepper::step(py::handle optimizer, py::list param_groups, py::dict stat
   if (!report_inf.is_none()) {
     const TensorView view = read_scalar(report_inf, optimizer_, "found_inf");
     scan.report_inf = reinterpret_cast<float*>(view.data);
+    scan.report = report_inf;
     scan.report_device = view.device;
   }
 

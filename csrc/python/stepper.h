@@ -113,6 +113,7 @@ class Stepper {
   bool find_reduction(Scan* scan);
   // Is the gradient's norm another process's to measure?
   bool is_elsewhere(size_t n, const Scan& scan) const;
+  py::object totals() const;
   void add_up() const;
   cuda::StepInfo step_info(int rule, int device, DType dtype, bool counts_there, Scan* scan);
   bool is_sparse(size_t n) const;
@@ -174,7 +175,8 @@ class Stepper {
   // Of the parameters: over which processes a norm is added up, and which of them others count (_sharding.Reduction).
   py::object reduction_;
   std::vector<bool> elsewhere_;
-  bool reduction_is_stale_ = false;
+  bool reduction_is_stale_ = false, reduction_is_double_ = false;
+  int reduction_device_ = kCpu;
 };
 
 }  // namespace fusedopt

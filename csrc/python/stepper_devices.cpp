@@ -107,10 +107,17 @@ void Stepper::launch_norms(const Scan& scan) {
     const TorchDevice current(table->device);
     table->table.launch_norm(table == tables.front(), table == tables.back() && !scan.adds_up);
   }
-  if (!scan.adds_up || tables.empty()) return;
-  const TorchDevice current(tables.back()->device);
-  add_up();
-  tables.back()->table.launch_decision();
+  if (!scan.adds_up || answer_.device == kCpu) return;
+  const TorchDevice current(answer_.device);
+  if (!tables.empty()) {
+    add_up();
+    tables.back()->table.launch_decision();
+    return;
+  }
+  // No gradient is this process's, but the averages too stand still in a skipped step.
+  reduction_.attr("tell")(totals(), scan.report);
+  const std::vector<OnDevice*> averages = tables_of(true);
+  if (!averages.empty()) averages.front()->table.launch_decision();
 }
 
 // The steps of all devices. Averages of what a step writes come last.

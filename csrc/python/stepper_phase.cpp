@@ -1,8 +1,5 @@
 // Stepper: what is around the update. Norms, averages, statistics, skipped steps.
-#include <pybind11/stl.h>
-
 #include <algorithm>
-#include <array>
 
 #include "../cpu/run.h"
 #include "../cpu/target.h"
@@ -28,8 +25,8 @@ bool Stepper::find_buffers(py::handle optimizer, Scan* scan) {
             "': max_grad_norm, skip_nonfinite, stats and fusedopt.GradScaler need all on one device; make an optimizer "
             "for each");
   }
-  if (!first) return true;
-  const int device = first->device;
+  if (!first && !scan->adds_up) return true;  // else the others wait for what this process has not
+  const int device = first ? first->device : reduction_device_;
   const auto has = [&](const Buffer& buffer, int64_t size) {
     return buffer.tensor && buffer.device == device && buffer.size == size;
   };
@@ -56,11 +53,24 @@ bool Stepper::find_reduction(Scan* scan) {
   scan->adds_up = scan->wants_norm && has_distributed_;
   if (!scan->adds_up || (reduction_ && !reduction_is_stale_ && elsewhere_.size() == entries_.size())) return true;
   py::list params;
+  PyObject* parted = nullptr;
   for (const Scan::List& list : scan->lists) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.params); ++i)
-      params.append(py::handle(PyList_GET_ITEM(list.params, i)));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.params); ++i) {
+      PyObject* param = PyList_GET_ITEM(list.params, i);
+      params.append(py::handle(param));
+      if (!parted && is_distributed(param)) parted = param;
+    }
   }
+  if (!parted) {  // there was one, once
+    scan->adds_up = has_distributed_ = false;
+    return true;
+  }
+  TensorView view;
+  std::string why;
+  if (!read_tensor(local_part(parted), &view, &why)) throw std::runtime_error(optimizer_ + ": a DTensor's part " + why);
+  reduction_device_ = view.device;
   reduction_ = py::module_::import("fusedopt._sharding").attr("Reduction")(params);
+  reduction_is_double_ = reduction_.attr("is_double").cast<bool>();
   elsewhere_.clear();
   for (const py::handle counts : reduction_.attr("counts")) elsewhere_.push_back(!counts.cast<bool>());
   reduction_is_stale_ = false;
@@ -70,7 +80,8 @@ bool Stepper::find_reduction(Scan* scan) {
 bool Stepper::is_elsewhere(size_t n, const Scan& scan) const { return scan.adds_up && elsewhere_[n]; }
 
 // The totals of the answer become those of all processes.
-void Stepper::add_up() const { reduction_.attr("add_up")(answer_.tensor.attr("narrow")(0, static_cast<int>(kSum), 2)); }
+py::object Stepper::totals() const { return answer_.tensor.attr("narrow")(0, static_cast<int>(kSum), 2); }
+void Stepper::add_up() const { reduction_.attr("add_up")(totals()); }
 
 void Stepper::find_buffer(py::handle optimizer, const char* what, int64_t size, int device, Buffer* buffer) {
   if (device != kCpu) {
@@ -135,18 +146,8 @@ int64_t Stepper::prepare_averages(Scan* scan) {
 
 // Measures the gradients of the host and decides what depends on all of them. True: the step is to be skipped.
 bool Stepper::is_to_be_skipped(Scan* scan, int64_t cost, int max_threads) {
-  const bool takes_part =
-      std::any_of(entries_.begin(), entries_.end(), [](const Entry& e) { return e.part == Part::kStep; });
-  const Question question = question_of(*scan, norm_is_double_);
-  if (scan->adds_up && !takes_part) {  // the others wait for it
-    const auto totals = reduction_.attr("add_up_numbers")().cast<std::array<double, 2>>();
-    double answer[kAnswerSize] = {};
-    answer[kSum] = totals[0];
-    answer[kLargest] = totals[1];
-    decide(question, false, answer, scan->report_device == kCpu ? scan->report_inf : nullptr);
-    return false;
-  }
   if (!scan->wants_norm || !answer_.at || answer_.device != kCpu) return false;
+  const Question question = question_of(*scan, norm_is_double_);
   for (size_t n = 0; n < entries_.size() && scan->adds_up; ++n) {
     if (entries_[n].part == Part::kStep && elsewhere_[n])
       std::fill_n(beside_[n].norm, (rows_[n].numel + kPart - 1) / kPart, NormPart{0, 0});

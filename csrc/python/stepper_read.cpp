@@ -22,7 +22,7 @@ static bool as_words(TensorView* bytes, const TensorView& param, int64_t* stride
   if (bytes->shape[ndim] != 2 || bytes->strides[ndim] != 1) return false;
   if (bytes->device != kCpu && reinterpret_cast<uintptr_t>(bytes->data) % 2 != 0) return false;
   for (int d = 0; d < ndim; ++d) {
-    if (bytes->strides[d] % 2 != 0) return false;
+    if (bytes->shape[d] > 1 && bytes->strides[d] % 2 != 0) return false;
     strides[d] = bytes->strides[d] / 2;
   }
   bytes->dtype = DType::kBFloat16;  // of as many bytes

@@ -137,6 +137,7 @@ class Stepper::Scan {
   // GradScaler's tensors, if they are on a device, or None; their copies on other devices.
   py::object grad_scale = py::none(), found_inf = py::none();
   float* report_inf = nullptr;
+  py::object report = py::none();  // the tensor that it lies in
   int report_device = kCpu;
   bool wants_norm = false;
   bool has_averages = false, averages = false;  // an option says so; a GPU has some to move
