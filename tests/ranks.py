@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120  # seconds: what a test does takes a few; more means that a rank waits for another
+TIMEOUT = 300  # seconds: what a test does takes a few, on a busy machine a minute; then a rank waits for another
 
 
 class Ranks:
