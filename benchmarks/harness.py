@@ -393,7 +393,8 @@ def write_json(path: Path, facts: Mapping[str, Any], results: Mapping[str, Seque
         for row in found
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "argv": sys.argv[1:], "rows": rows}, indent=1) + "\n")
+    argv = [Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv[1:]]  # no place of this machine
+    path.write_text(json.dumps({**facts, "argv": argv, "rows": rows}, indent=1) + "\n")
 
 
 def default_path() -> Path:

@@ -320,7 +320,7 @@ def _check_places(cls: str, group: dict[str, Any], index: int, param: Tensor, st
         if sharding.is_distributed(value) != parted:
             what = f"has {name!r} as {'a plain tensor' if parted else 'a DTensor'}, and the parameter is "
             _fail(cls, group, index, what + ("a DTensor" if parted else "none"), _DISTRIBUTE)
-        if parted and not sharding.same_place(value, param):  # type: ignore[arg-type]
+        if parted and not sharding.same_place(value, param):  # type: ignore[arg-type]  # a DTensor: see above
             _fail(cls, group, index, f"has {name!r} placed otherwise than the parameter", _DISTRIBUTE)
 
 

@@ -23,7 +23,7 @@ def is_distributed(tensor: Any) -> bool:
 
 
 def local(value: Any) -> Any:
-    """The part of a DTensor that is here; anything else as it is."""
+    """The part of a DTensor that is here, when it has arrived; anything else as it is."""
     return value.detach().to_local() if is_distributed(value) else value
 
 
@@ -47,12 +47,6 @@ def placed_as(grad: DTensor, param: DTensor) -> DTensor | None:
         return None
     with torch.no_grad():
         return grad.redistribute(param.device_mesh, param.placements)
-
-
-def local_tensor(tensor: DTensor) -> Tensor:
-    """The part that is here, when it has arrived: a collective's result may be on its way."""
-    with torch.no_grad():
-        return tensor.to_local()
 
 
 def _sharded_dim(placement: Placement) -> int | None:

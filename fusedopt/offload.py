@@ -412,8 +412,8 @@ class CPUOffload(Optimizer):
         if found_inf is not None:  # to read it waits for the device, as the step will
             verdict = torch.as_tensor(found_inf, device="cpu")
             at_once |= bool(verdict)  # the step is skipped, once
-            self.optimizer.found_inf = verdict  # type: ignore[attr-defined]
-            self.optimizer.grad_scale = scale if scale is None else scale.cpu()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = verdict  # type: ignore[attr-defined]  # GradScaler's
+            self.optimizer.grad_scale = scale if scale is None else scale.cpu()  # type: ignore[attr-defined]  # the same
         try:
             for part in [self._buckets] if at_once else [[bucket] for bucket in self._buckets]:
                 entries = [[entry for entry in bucket.entries if entry.fetched] for bucket in part]
@@ -529,7 +529,7 @@ class CPUOffload(Optimizer):
     # --- state
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:  # type: ignore[override]  # torch's is an attribute
         """The optimizer's state by parameter, on the host: a dict to read, whose values are the live ones."""
         if "optimizer" not in self.__dict__:
             return {}

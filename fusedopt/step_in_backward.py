@@ -23,7 +23,7 @@ _NOT_HERE = {
     "skip_nonfinite": "whether to skip is decided by all gradients, and the first is gone before the last is there",
     "differentiable": "torch's own step is taken then, which updates all parameters at once",
 }
-_queue_callback = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+_queue_callback = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]  # untyped
 
 
 def _is_nested() -> bool:
@@ -89,19 +89,19 @@ class BackwardSteps(Optimizer):
 
     # What torch.optim.Optimizer keeps as attributes; load_state_dict replaces them in the optimizer.
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute there
         """The groups of the optimizer."""
         if sys._getframe(1).f_code.co_name == "_unscale_grads_":  # of GradScaler.unscale_, which asks nothing else
             self._explain_scaler()
         return self.optimizer.param_groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:  # type: ignore[override]  # an attribute there
         """The state of the optimizer, by parameter."""
         return self.optimizer.state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute there
         """The options of groups to come."""
         return self.optimizer.defaults
 

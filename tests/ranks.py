@@ -40,8 +40,8 @@ class Ranks:
         while len(results) < self.size:
             ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in results], TIMEOUT)
             for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
-                failed, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                rank = self._pipes.index(pipe)
+                failed, results[rank] = pipe.recv()
                 if failed:
                     # The others may wait for it for ever.
                     self.close()

@@ -194,7 +194,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.embedding(x)
-        return self.out(h + self.hidden(h))  # type: ignore[no-any-return]
+        return self.out(h + self.hidden(h))
 
 
 def sharded_net(dtype: torch.dtype = torch.float32, **options: Any) -> Net:

@@ -732,7 +732,7 @@ class Wrapped(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # refused before anything is computed with it
 
 
 BUFFER = torch.ones(9)

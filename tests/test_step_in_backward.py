@@ -575,7 +575,7 @@ def test_sharded_parameters_are_refused() -> None:
 
 def test_foreign_optimizers_are_refused() -> None:
     with pytest.raises(TypeError, match=r"must make an optimizer of this package, got <class .*Adam'>"):
-        step_in_backward([Parameter(torch.ones(1))], torch.optim.Adam)  # type: ignore[arg-type]
+        step_in_backward([Parameter(torch.ones(1))], torch.optim.Adam)
 
 
 def test_no_copies() -> None:
@@ -635,11 +635,11 @@ def test_a_step_that_fails(own: dict[str, Any]) -> None:
         {"params": [("b", params["b"]), ("c", params["c"])]},
     ]
     steps = step_in_backward(groups, fusedopt.Adam, **own)
-    sum(params[name].sum() for name in names).backward()  # type: ignore[union-attr]
+    sum(params[name].sum() for name in names).backward()
     before = {name: param.detach().clone() for name, param in params.items()}
     steps.state[params["c"]]["exp_avg"] = torch.zeros(3, dtype=steps.state[params["c"]]["exp_avg"].dtype)
     with pytest.raises(RuntimeError, match=r"param_groups\[1\]\['params'\]\[1\] \('c'\): state 'exp_avg' has shape"):
-        sum(params[name].sum() for name in names).backward()  # type: ignore[union-attr]
+        sum(params[name].sum() for name in names).backward()
     assert torch.equal(params["c"], before["c"]) and params["c"].grad is not None
     with pytest.raises(RuntimeError, match="the last backward failed"):
         params["a"].sum().backward()

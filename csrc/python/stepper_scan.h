@@ -185,7 +185,7 @@ class Stepper::Scan {
     if (is_plain_tensor(part)) return held.keep(part), part;
     // A collective's result, which may be on its way; or no DTensor at all.
     if (!is_distributed(tensor)) return tensor;
-    const py::object arrived = py::module_::import("fusedopt._sharding").attr("local_tensor")(py::handle(tensor));
+    const py::object arrived = py::module_::import("fusedopt._sharding").attr("local")(py::handle(tensor));
     return held.keep(arrived.ptr()), arrived.ptr();
   }
   // The gradient's Python object, None if there is none.
