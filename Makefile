@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu*)
 
-.PHONY: test train examples bench lint asan faults sass format clean
+.PHONY: test train examples studies bench lint asan faults sass format clean
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
@@ -17,6 +17,10 @@ train: $(VENV)/.train
 # The examples under examples/frameworks, in these frameworks; one that is missing is a failure.
 examples: $(VENV)/.test $(VENV)/.examples
 	FUSEDOPT_NO_SKIPS=1 $(BIN)/python -m pytest -q -n 2 tests/test_frameworks.py
+
+# The experiments under examples/studies, on one page: studies/index.html.
+studies: $(VENV)/.studies
+	$(BIN)/python examples/studies/page.py $(ARGS)
 
 bench: $(VENV)/.train
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
@@ -71,6 +75,10 @@ $(VENV)/.test: $(VENV)/.built
 
 $(VENV)/.train: $(VENV)/.built
 	$(call extra,train)
+	touch $@
+
+$(VENV)/.studies: $(VENV)/.built
+	$(call extra,studies)
 	touch $@
 
 $(VENV)/.examples: $(VENV)/.built

@@ -10,7 +10,7 @@ from optimizers import BY_ID, VARIANTS, Row, generator, name_of
 from reference import assert_same_bits, torch_loop_step, varied_values
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
@@ -214,38 +214,6 @@ def test_lr_tensor_that_requires_grad() -> None:
     ours = fusedopt.Adam(make_params(), lr=torch.tensor(0.1, requires_grad=True))
     theirs = torch.optim.Adam(make_params(), lr=torch.tensor(0.1), foreach=False, fused=False)
     train(ours, theirs, range(2))
-
-
-SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "step": lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.3),
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 1 / (1 + epoch)),
-    "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=8, cycle_momentum=True),
-    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2, cycle_momentum=True),
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=5),
-    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=3),
-    "sequential": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.5)], [3]
-    ),
-}
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("row", [BY_ID["adam"], BY_ID["adamw-decay-amsgrad-lr32"]], ids=name_of)
-def test_schedulers_drive_it(row: Row, scheduler: str) -> None:
-    ours, theirs = row.make(make_params()), row.make_torch(make_params())
-    schedulers = {id(optimizer): SCHEDULERS[scheduler](optimizer) for optimizer in (ours, theirs)}
-    seen = []
-    for step in range(7):
-        train(ours, theirs, range(step, step + 1), lambda optimizer: schedulers[id(optimizer)].step())
-        seen.append((float(ours.param_groups[0]["lr"]), *map(float, ours.param_groups[0]["betas"])))
-    assert len(set(seen)) > 2
-
-
-def test_reduce_on_plateau() -> None:
-    ours, theirs = BY_ID["adam"].make(make_params()), BY_ID["adam"].make_torch(make_params())
-    plateaus = {id(o): lr_scheduler.ReduceLROnPlateau(o, patience=0) for o in (ours, theirs)}
-    train(ours, theirs, range(5), lambda o: plateaus[id(o)].step(1.0))
-    assert ours.param_groups[0]["lr"] < 1e-4
 
 
 # --- the step -------------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import re
 import subprocess
 import sys
 import textwrap
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packages import require
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "frameworks"
 LIMIT = 200  # seconds until a hanging program is killed; it takes 15 at most, unless the cores are busy
@@ -74,13 +74,6 @@ ALL = {
     "lightning": LIGHTNING,
     "ddp": DDP,
 }
-
-
-def require(*packages: str) -> None:
-    missing = [package for package in packages if not find_spec(package)]
-    if missing:
-        react = pytest.fail if os.environ.get("FUSEDOPT_NO_SKIPS") else pytest.skip
-        react(f"needs {', '.join(missing)}: pip install '.[examples]'")
 
 
 def run(example: Example, directory: Path, *command_lines: list[str]) -> list[tuple[str, float]]:

@@ -154,6 +154,31 @@ def test_one_optimizer_in_two_threads() -> None:
         assert optimizer.state[p]["step"] == done[0]
 
 
+# --- the import -----------------------------------------------------------------------------------------------------
+
+NAMES = """
+    import importlib, pkgutil, types, fusedopt
+    for module in {modules}:
+        importlib.import_module("fusedopt." + module)
+    assert set(fusedopt.__all__) <= set(dir(fusedopt))
+    for name in fusedopt.__all__:
+        value = getattr(fusedopt, name)
+        assert isinstance(value, types.ModuleType) == (name in ("lr_finder", "lr_scheduler")), name
+        assert getattr(fusedopt, name) is value
+    try:
+        fusedopt.no_such_name
+    except AttributeError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("modules", ["[]", "[module.name for module in pkgutil.iter_modules(fusedopt.__path__)]"])
+def test_public_names(modules: str) -> None:
+    """Those that are imported when first asked for too, and whatever was imported before."""
+    said = run_program(NAMES.format(modules=modules))
+    assert said == "module 'fusedopt' has no attribute 'no_such_name'\n"
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 FORK = """
