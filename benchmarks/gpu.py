@@ -45,7 +45,7 @@ import fusedopt
 from fusedopt._config import _C
 
 from . import harness, phase
-from .cpu import LOOKUPS, WIDTH, Renew, assigned, distinct, kept
+from .checks import Renew, assigned, kept
 from .harness import (
     FIRST_STEPS,
     FOREACH,
@@ -70,6 +70,7 @@ from .harness import (
     ratio_row,
 )
 from .phase import ALL, AMP, AMP_OWN, CLIP, EMA, SKIP, STATS, TORCH, WAYS
+from .sparse import LOOKUPS, WIDTH, distinct
 
 sys.path.append(str(harness.ROOT / "tests"))
 from reference import assert_same_bits

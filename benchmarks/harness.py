@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ class Row:
     target: Target | None = None
     times: dict[str, Spread] = field(default_factory=dict)  # the seconds that a ratio is of
     note: str = ""
+    at: float | None = None  # of a row that is a point of a curve: its place, and `times` are all that were measured
 
     @property
     def verdict(self) -> str:
@@ -113,6 +115,7 @@ def interleave(contenders: Mapping[str, Contender], rounds: int, warmup: int = 1
     """Time all contenders by turns, A B C, B C A, ..., so that drift and noise hit all alike."""
     names = list(contenders)
     samples: Samples = {name: {} for name in names}
+    timers = {name: timeit.Timer(contender.run, contender.prepare) for name, contender in contenders.items()}
     gc.collect()
     gc.disable()
     try:
@@ -122,12 +125,7 @@ def interleave(contenders: Mapping[str, Contender], rounds: int, warmup: int = 1
                 contender = contenders[name]
                 if round_ % contender.every:
                     continue
-                total = 0.0
-                for _ in range(contender.calls):
-                    contender.prepare()
-                    start = time.perf_counter()
-                    contender.run()
-                    total += time.perf_counter() - start
+                total = sum(timers[name].timeit(1) for _ in range(contender.calls))
                 if round_ >= 0:
                     samples[name][round_] = total / contender.calls
     finally:
@@ -148,6 +146,12 @@ def ratio_row(title: str, samples: Samples, top: str, bottom: str, target: Targe
     common = [round_ for round_ in samples[top] if round_ in samples[bottom]]
     value = Spread.of([samples[top][round_] / samples[bottom][round_] for round_ in common])
     return Row(title, value, "x", target, {name: seconds(samples, name) for name in (top, bottom)})
+
+
+def point_row(title: str, samples: Samples, at: float) -> Row:
+    """A point of a curve: how many times as long as ours torch's fused step takes, and everyone's time."""
+    times = {name: seconds(samples, name) for name in samples}
+    return replace(ratio_row(title, samples, FUSED, OURS), times=times, at=at)
 
 
 # --- what is compared ----------------------------------------------------------------------------------------------
@@ -381,22 +385,22 @@ def print_header() -> None:
     print(f"{'':10} {'':46} {'median':>9} {'quartiles':>15}  {'target':>8} {'':6} of")
 
 
+def as_json(benchmark: str, row: Row) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark,
+        **asdict(row),
+        "target": str(row.target) if row.target else None,
+        "meets": row.verdict == "meets" if row.verdict else None,
+    }
+
+
 def write_json(path: Path, facts: Mapping[str, Any], results: Mapping[str, Sequence[Row]]) -> None:
-    rows = [
-        {
-            "benchmark": benchmark,
-            **asdict(row),
-            "target": str(row.target) if row.target else None,
-            "meets": row.verdict == "meets" if row.verdict else None,
-        }
-        for benchmark, found in results.items()
-        for row in found
-    ]
+    rows = [as_json(benchmark, row) for benchmark, found in results.items() for row in found]
     path.parent.mkdir(parents=True, exist_ok=True)
     argv = [Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv[1:]]  # no place of this machine
     path.write_text(json.dumps({**facts, "argv": argv, "rows": rows}, indent=1) + "\n")
 
 
-def default_path() -> Path:
+def default_path(kind: str = "cpu") -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    return ROOT / "benchmarks" / "results" / f"cpu-{slug}.json"
+    return ROOT / "benchmarks" / "results" / f"{kind}-{slug}.json"
