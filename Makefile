@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu*)
 
-.PHONY: test train examples studies bench lint asan faults sass format clean
+.PHONY: test train examples studies bench rivals lint asan faults sass format clean
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
@@ -24,6 +24,11 @@ studies: $(VENV)/.studies
 
 bench: $(VENV)/.train
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+# Other libraries' optimizers beside ours, each installed in an environment of its own under .rivals: gigabytes.
+rivals: $(VENV)/.train
+	$(BIN)/python -m benchmarks.rivals install
+	$(BIN)/python -m benchmarks.rivals $(ARGS)
 
 # Style, types and formatting; the source is not changed (`make format` does that).
 lint: $(VENV)/.lint

@@ -31,6 +31,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,6 +48,7 @@ from fusedopt._config import _C
 from . import harness, phase
 from .checks import Renew, assigned, kept
 from .harness import (
+    COMPILED,
     FIRST_STEPS,
     FOREACH,
     FUSED,
@@ -77,7 +79,7 @@ from reference import assert_same_bits
 
 DEVICE = "cuda"
 KI = 2**10
-CAPTURABLE, COMPILED = "fusedopt capturable", "torch compiled"
+CAPTURABLE = "fusedopt capturable"
 COPY, FLOOR = "copy", "floor"
 KINDS |= {
     CAPTURABLE: (fusedopt, {"capturable": True}),
@@ -730,26 +732,32 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
+# Module, class, and the options with which it does what Adam does, in float32.
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "apex": ("apex.optimizers", "FusedAdam", {"adam_w_mode": False}),
+    "Transformer Engine": ("transformer_engine.pytorch.optimizers", "FusedAdam", {"adam_w_mode": False}),
+    "DeepSpeed": ("deepspeed.ops.adam", "FusedAdam", {"adam_w_mode": False}),
+    "bitsandbytes": ("bitsandbytes.optim", "Adam", {}),
+    "optimi": ("optimi", "Adam", {}),
+    "flashoptim": ("flashoptim", "FlashAdam", {"quantize": False, "master_weight_bits": None}),
+}
+
+
 def others(quick: Quick) -> Iterator[Row]:
     """Other libraries, where they are installed: float32, doing the same work as Adam."""
-
-    def optimi(params: list[Parameter], options: dict[str, Any]) -> tuple[Optimizer, Callable[[], object]]:
-        library = importlib.import_module("optimi")
-        made = library.Adam(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, **options)
-        return made, made.step
-
-    def flashoptim(params: list[Parameter], options: dict[str, Any]) -> tuple[Optimizer, Callable[[], object]]:
-        library = importlib.import_module("flashoptim")
-        made = library.FlashAdam(params, lr=1e-3, quantize=False, master_weight_bits=None, **options)
-        return made, made.step
-
-    for make in (optimi, flashoptim):
-        name = make.__name__
+    for name, (module, algorithm, chosen) in OTHERS.items():
         try:
-            importlib.import_module(name)
+            make_other = partial(getattr(importlib.import_module(module), algorithm), **chosen)
         except Exception as error:  # whatever an import may raise
             yield Row(name, note=f"skipped: not importable: {first_line(error)}")
             continue
+
+        def make(
+            params: list[Parameter], options: dict[str, Any], make_other: Callable[..., Optimizer] = make_other
+        ) -> tuple[Optimizer, Callable[[], object]]:
+            made = make_other(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, **options)
+            return made, made.step
+
         for pattern in (gpt2(), llama()):
             title = f"{len(pattern[0])} tensors, {name}"
             try:

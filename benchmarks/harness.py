@@ -160,12 +160,14 @@ Quick = bool
 MI = 2**20
 SMALL_QUARTERS = [50_000] * 3 + [49_999]  # enough for two threads
 OURS, FUSED, FOREACH, LOOP = "fusedopt", "torch fused", "torch foreach", "torch loop"
+COMPILED = "torch compiled"  # its step is to be given to torch.compile
 # The module that has the class, and the options that choose.
 KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
     OURS: (fusedopt, {}),
     FUSED: (torch.optim, {"fused": True}),
     FOREACH: (torch.optim, {"foreach": True}),
     LOOP: (torch.optim, {"foreach": False}),
+    COMPILED: (torch.optim, {"foreach": True}),
 }
 FIRST_STEPS = {"Adam": 1, "RAdam": 6, "Adagrad": 1}  # untimed: RAdam's sixth is the first that is rectified
 
@@ -402,5 +404,6 @@ def write_json(path: Path, facts: Mapping[str, Any], results: Mapping[str, Seque
 
 
 def default_path(kind: str = "cpu") -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    name = re.sub(r"\((r|tm)\)|processor|\bcpu\b", " ", processor().lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     return ROOT / "benchmarks" / "results" / f"{kind}-{slug}.json"

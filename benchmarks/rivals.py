@@ -259,9 +259,9 @@ torch.manual_seed(0)
 {case}
 for p in params:
     p.grad = torch.randn(p.shape, dtype=p.dtype) if p.grad is None else p.grad
-twins = [torch.nn.Parameter(p.detach().double().contiguous()) for p in params]
+twins = [torch.nn.Parameter(p.detach().double().contiguous().clone()) for p in params]
 memory = [p.grad.as_strided((p.grad.untyped_storage().nbytes() // p.grad.element_size(),), (1,)) for p in params]
-first = [(m.clone(), p.grad.double().contiguous()) for m, p in zip(memory, params)]
+first = [(m.clone(), p.grad.double().contiguous().clone()) for m, p in zip(memory, params)]
 
 optimizer = {make}
 reference = {reference}

@@ -14,6 +14,7 @@ from fusedopt._config import _C
 from . import harness
 from .checks import Renew, assigned, backward, check, kept
 from .harness import (
+    COMPILED,
     FOREACH,
     FUSED,
     LOOP,
@@ -49,6 +50,13 @@ def large(
     contenders = {name: Contender(optimizer.step) for name, optimizer in optimizers.items()}
     for name in rivals[1:]:
         contenders[name].every = 5
+    if COMPILED in contenders:
+        contenders[COMPILED].run = torch.compile(optimizers[COMPILED].step)
+        try:
+            contenders[COMPILED].run()  # compiles
+        except Exception as error:  # whatever a compiler may raise
+            yield Row(f"{title}: {COMPILED}", note=f"skipped: {type(error).__name__}: {error}".split("\n")[0])
+            del contenders[COMPILED]
     floors: list[str] = []
     try:
         floor = Floor(params, optimizers[OURS])
@@ -63,7 +71,7 @@ def large(
         if FUSED in rivals:
             yield ratio_row(f"{title}: torch fused of the floor", samples, FUSED, best)
         yield Row(f"{title}: the floor's {floor.bytes_per_element} bytes an element", floor.rate(samples, best), "GB/s")
-    for name in rivals:
+    for name in filter(contenders.get, rivals):
         if name == FUSED:
             yield ratio_row(f"{title}: of torch fused", samples, OURS, FUSED, target)
         else:
@@ -72,7 +80,7 @@ def large(
 
 def step64m(quick: Quick) -> Iterator[Row]:
     """A step of 64M float32 in 4 tensors, against torch and against the same memory traffic."""
-    yield from large("adam", "Adam", [FUSED, FOREACH, LOOP], at_most(1.02), quick)
+    yield from large("adam", "Adam", [FUSED, FOREACH, LOOP, COMPILED], at_most(1.02), quick)
     yield from large("amsgrad", "Adam", [FUSED], at_most(1.02), quick, amsgrad=True)
 
 

@@ -34,7 +34,7 @@ def load_database() -> Any:
 
 DB = load_database()
 PUBLIC = {name: getattr(fusedopt, name) for name in fusedopt.__all__}
-OURS = {name: cls for name, cls in PUBLIC.items() if hasattr(torch.optim, name)}  # others wrap these
+OURS = {name: cls for name, cls in PUBLIC.items() if isinstance(getattr(torch.optim, name, None), type)}
 INFOS = {info.name: info for info in DB.optim_db if info.name in OURS}
 assert set(INFOS) == set(OURS)
 

@@ -1,0 +1,69 @@
+"""What the benchmarks claim: the small programs for rivals, asked of ours; and documents that say what was measured."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from packages import require
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+rivals = load("rivals")
+# Each of ours that a rival is compared with, as if it were the rival.
+OURS = {
+    contender.ours: dataclasses.replace(contender, imports="import fusedopt", make=contender.ours)
+    for rival in rivals.RIVALS.values()
+    for contender in rival.contenders.values()
+}
+
+
+def ask(contender: Any, probe: str) -> tuple[str, str]:
+    tolerance = rivals.RIGHT if contender.exact else rivals.NEAR
+    source = rivals.program(contender, probe)
+    assert source is not None
+    with torch.random.fork_rng():
+        return rivals.answer(source, tolerance)
+
+
+@pytest.mark.parametrize("title", OURS)
+def test_ours_answers_rightly(title: str) -> None:
+    contender = OURS[title]
+    if contender.exact:
+        contender = dataclasses.replace(contender, maximize="maximize=True")
+        contender = dataclasses.replace(contender, amsgrad="amsgrad=True" if "fusedopt.Adam(" in title else "")
+    probes = rivals.PROBES if contender.exact else [rivals.PLAIN]
+    answers = {probe: ask(contender, probe) for probe in probes if rivals.program(contender, probe)}
+    assert {probe: words for probe, (verdict, words) in answers.items() if verdict != "right"} == {}
+    assert len(answers) >= (9 if contender.exact else 1)
+
+
+@pytest.mark.parametrize("probe", rivals.PROBES)
+def test_a_wrong_one_is_seen(probe: str) -> None:
+    """An optimizer that does nothing, and one that ignores the option that is asked about."""
+    plain = rivals.Contender("import fusedopt", "fusedopt.Adam(params, lr=lr)", rivals.ADAM, "")
+    assert ask(dataclasses.replace(plain, make="fusedopt.Adam(params, lr=0.0)"), probe)[0] == "wrong"
+    option = rivals.PROBES[probe][1]
+    if option:
+        ignoring = dataclasses.replace(plain, **{option: "eps=1e-8"})
+        assert ask(ignoring, probe)[0] == "wrong"
+    assert ask(dataclasses.replace(plain, make="fusedopt.Adam(params, lr='x')"), probe)[0] == "raises"
+
+
+def test_documents_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    require("matplotlib")
+    assert load("report").main(["--check"]) == 0, capsys.readouterr().out
