@@ -6,14 +6,17 @@ import contextlib
 import inspect
 import math
 import random
+import signal
 import statistics
 import sys
+import threading
 import warnings
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from ._optimizer import FusedOptimizer
 from .step_in_backward import BackwardSteps
@@ -216,16 +219,17 @@ def range_test(
         mode: "exponential": each is the same multiple of the one before; "linear": the same amount more (default:
             "exponential").
         smoothing: the decay of the moving average of losses; 0: none (default: 0.9).
-        stop_at: stop where the smoothed loss is more than this times its lowest (for a lowest b below zero, more than
-            b + (stop_at - 1) |b|); None: only where a loss is inf or nan (default: 4).
+        stop_at: stop where the smoothed loss is more than this times its lowest, the first tenth of the steps not
+            counted (for a lowest b below zero, more than b + (stop_at - 1) |b|); None: only where a loss is inf or nan
+            (default: 4).
         accumulate: how many batches make a step; their losses are averaged (default: 1).
         grad_scaler: of torch or this package. A step that it skips, which its falling scale tells, does not count: the
             same learning rate is tried with the next batches, up to 20 more times in a row, then the test stops.
         autocast: run the model and the loss under :class:`torch.autocast` with this dtype (default: None: do not).
         validation: batches whose mean loss, in evaluation mode and after the step, is recorded instead.
         device: where tensors in batches are moved (default: where the model's first parameter is).
-        also_restore: what else is to be put back, if `loss` or hooks change it: modules, schedulers, tensors, random
-            generators, other optimizers; lists and dicts of these.
+        also_restore: what else is to be put back, if `loss` or hooks change it: modules, schedulers, tensors, arrays,
+            random generators, other optimizers, DataLoaders, objects with attributes; lists and dicts of these.
         snapshot_device: where copies are kept meanwhile; "cpu" saves a GPU's memory (default: None: beside what is
             copied). They take what the parameters, gradients, buffers and the optimizer's state take.
         progress: show a bar, if tqdm is installed (default: True).
@@ -251,7 +255,7 @@ def range_test(
     )
     snapshot = _Snapshot(snapshot_device)
     snapshot.add(model, optimizer, loss, grad_scaler, *model.parameters(), *model.buffers())
-    snapshot.add_attributes(*also_restore)
+    snapshot.add_named(*also_restore)
     snapshot.add_source(batches)
     snapshot.add_source(validation)
     snapshot.add_random_states()
@@ -261,7 +265,7 @@ def range_test(
         if not model.training:
             model.train()
         try:
-            for lr in _learning_rates(start, end, steps, mode):
+            for lr in _learning_rates(float(start), float(end), steps, mode):
                 value = sweep.step(lr)
                 if validation is not None:
                     value = sweep.evaluate(validation)
@@ -274,7 +278,7 @@ def range_test(
                 if bar is not None:
                     bar.set_postfix(lr=f"{lr:.2e}", loss=f"{smoothed[-1]:.4g}", refresh=False)
                     bar.update()
-                lowest = min(smoothed)
+                lowest = min(smoothed[steps // 10 :], default=math.inf)  # before, the average is of too few losses
                 if stop_at is not None and smoothed[-1] > lowest + (stop_at - 1) * abs(lowest):
                     raise _Stopped(f"the smoothed loss was {smoothed[-1]:.4g} at lr {lr:.3g}, after {lowest:.4g}")
         except _Stopped as reason:
@@ -303,15 +307,15 @@ def _check(**given: Any) -> None:
             raise ValueError(f"range_test: {name} must be {what}, got {value!r}")
 
     def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        return isinstance(value, Real) and math.isfinite(value)
 
     require("start", lambda v: is_number(v) and v > 0, "a positive number")
     require("end", lambda v: is_number(v) and v > given["start"], f"a number above start, {given['start']!r}")
-    require("steps", lambda v: isinstance(v, int) and v >= 2, "an integer of at least 2")
+    require("steps", lambda v: isinstance(v, Integral) and int(v) >= 2, "an integer of at least 2")
     require("mode", lambda v: v in _MODES, f"one of {_MODES}")
     require("smoothing", lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)")
     require("stop_at", lambda v: v is None or (is_number(v) and v > 1), "a number above 1, or None")
-    require("accumulate", lambda v: isinstance(v, int) and v >= 1, "an integer of at least 1")
+    require("accumulate", lambda v: isinstance(v, Integral) and int(v) >= 1, "an integer of at least 1")
 
 
 def _ratios(optimizer: Optimizer) -> list[float]:
@@ -338,8 +342,8 @@ def _check_objects(
     model: nn.Module, optimizer: Optimizer, grad_scaler: torch.amp.GradScaler | None, validation: Iterable[Any] | None
 ) -> None:
     """Raise if the test cannot be made with these."""
-    for name, param in model.named_parameters():
-        if nn.parameter.is_lazy(param):
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
             raise ValueError(f"range_test: {name} has no shape yet: run the model on a batch, then make the optimizer")
     if _needs_closure(optimizer) and grad_scaler is not None and grad_scaler.is_enabled():
         raise ValueError(f"range_test: {type(optimizer).__name__} needs a closure, which a GradScaler does not take")
@@ -507,11 +511,11 @@ class _Snapshot:
                 continue
             if isinstance(value, Tensor):
                 pending += self._add_tensor(value)
-            elif type(value) in (dict, OrderedDict, defaultdict):
+            elif isinstance(value, dict):
                 items = list(value.items())
                 self._undo.append(partial(_put_back_dict, value, items))
                 pending += [part for item in items for part in item]
-            elif type(value) in (list, set, deque):
+            elif isinstance(value, (list, set, deque)):
                 items = list(value)
                 self._undo.append(partial(_put_back, value, items))
                 pending += items
@@ -529,31 +533,43 @@ class _Snapshot:
                 self._undo.append(undo)
             self._seen[id(value)] = value
 
-    def add_attributes(self, *values: Any) -> None:
-        """Take values, and what they hold, with the attributes of objects of any class."""
+    def add_named(self, *values: Any) -> None:
+        """Take values that are to be put back by the user's wish, with the attributes of objects of any class."""
         for value in values:
-            self.add(value)
-            if id(value) not in self._seen and hasattr(value, "__dict__"):
-                self.add(vars(value))
+            if isinstance(value, (DataLoader, Sampler)):
+                self.add_source(value)
+            elif _is_array(value):
+                self._undo.append(partial(value.__setitem__, ..., value.copy()))
+            elif isinstance(value, (list, tuple, set, deque, dict)):
+                self.add(value)
+                self.add_named(*(part for part in _parts(value) if not _is_plain(part)))
+            else:
+                self.add(value)
+                if id(value) not in self._seen:
+                    if not hasattr(value, "__dict__"):
+                        raise TypeError(f"range_test: cannot put back a {type(value).__name__}, of also_restore")
+                    self.add(vars(value))
 
-    def add_source(self, batches: Any) -> None:
-        """Take the attributes of a DataLoader and its samplers, and the states of generators among them.
+    def add_source(self, source: Any) -> None:
+        """Take the attributes of a DataLoader, its samplers and what wraps them; generators and lists among them.
 
-        Not the data, of which there may be much; and nothing of an iterator, that cannot go back as a whole.
+        Not the data: there may be more than fits into memory twice.
         """
-        if isinstance(batches, Iterator):
-            return
-        sampler, batch_sampler = (getattr(batches, name, None) for name in ("sampler", "batch_sampler"))
-        for source in (batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-            if id(source) in self._seen or not hasattr(source, "__dict__"):
-                continue
-            self._seen[id(source)] = source
-            attributes = vars(source)
-            self._undo.append(partial(_put_back_dict, attributes, list(attributes.items())))
-            self.add(*(value for value in attributes.values() if _put_back_generator(value) is not None))
-            if isinstance(source, DataLoader) and attributes.get("_iterator") is not None:
-                # Persistent workers, of an epoch that may not be over: the test has others.
-                self._begin.append(partial(attributes.__setitem__, "_iterator", None))
+        if id(source) in self._seen or not hasattr(source, "__dict__") or isinstance(source, Iterator):
+            return  # what an iterator has given is gone
+        self._seen[id(source)] = source
+        attributes = vars(source)
+        self._undo.append(partial(_put_back_dict, attributes, list(attributes.items())))
+        for value in attributes.values():
+            if isinstance(value, (DataLoader, Sampler)):
+                self.add_source(value)
+            elif isinstance(value, list):  # an order that is shuffled in place
+                self._undo.append(partial(_put_back, value, list(value)))
+            elif _put_back_generator(value) is not None:
+                self.add(value)
+        if isinstance(source, DataLoader) and attributes.get("_iterator") is not None:
+            # Persistent workers, of an epoch that may not be over: the test has others.
+            self._begin.append(partial(attributes.__setitem__, "_iterator", None))
 
     def add_random_states(self) -> None:
         """Take the global generators of Python, NumPy and torch."""
@@ -575,8 +591,15 @@ class _Snapshot:
 
     @torch.no_grad()
     def __exit__(self, *_: object) -> None:
-        for undo in self._undo:
-            undo()
+        failures = []
+        with _without_interrupts():
+            for undo in self._undo:
+                try:
+                    undo()
+                except Exception as failure:  # the rest is put back all the same
+                    failures.append(failure)
+        if failures:
+            raise failures[0]
 
     def _add_tensor(self, tensor: Tensor) -> list[Any]:
         """Take a tensor's bytes and gradient; return what else it holds."""
@@ -595,6 +618,37 @@ class _Snapshot:
                 held.append(tensor.grad)
                 self._begin.append(partial(setattr, tensor, "grad", None))
         return held
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait until the end of the block."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether there is nothing in a value that could change."""
+    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device))
+
+
+def _parts(container: Any) -> Iterator[Any]:
+    return chain(*container.items()) if isinstance(container, dict) else iter(container)
 
 
 def _memory(tensor: Tensor) -> Tensor:
@@ -631,7 +685,8 @@ def _put_back_leaf(tensor: Tensor, requires_grad: bool, grad: Tensor | None) -> 
 def _put_back_dict(container: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
     if not _are_same([*chain(*container.items())], [*chain(*items)]):
         container.clear()
-        container.update(items)
+        for key, value in items:  # a Counter's update() would count them
+            container[key] = value
 
 
 def _put_back(container: Any, items: list[Any]) -> None:

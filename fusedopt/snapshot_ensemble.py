@@ -149,6 +149,7 @@ class SnapshotEnsemble:
         }
         by_name = {name: tensors[keys[id(tensor)]] for name, tensor in _named(self.model) if id(tensor) in keys}
         modes = {module: module.training for module in self.model.modules()}
+        attributes = {module: dict(vars(module)) for module in modes}
         try:
             for module in modes:
                 module.training = False  # eval() may be overridden, and do more
@@ -157,6 +158,8 @@ class SnapshotEnsemble:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+                vars(module).clear()  # hooks of weight_norm, say, leave the member's weight there
+                vars(module).update(attributes[module])
 
     # --- saving -----------------------------------------------------------------------------------------------------
 

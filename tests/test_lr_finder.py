@@ -6,8 +6,9 @@ import importlib.util
 import itertools
 import math
 import random
+import signal
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -503,6 +504,105 @@ def test_what_else_the_loss_changes(snapshot_device: str | None) -> None:
     assert_same(fingerprint(world), before)
 
 
+class Shuffled(Sampler[int]):
+    """Shuffles in place, with Python's generator."""
+
+    def __init__(self) -> None:
+        self.order = list(range(12))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        random.shuffle(self.order)
+        return iter(list(self.order))
+
+
+class Endless:
+    """Wraps a loader, as prefetchers do."""
+
+    def __init__(self, loader: DataLoader[int]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("wrap", [lambda loader: loader, Endless])
+def test_samplers_and_what_is_wrapped(wrap: Callable[[DataLoader[int]], Any]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    loader = DataLoader(list(range(12)), sampler=Shuffled(), generator=generator)
+    order, state = list(loader.sampler.order), generator.get_state()
+    model = Parabola()
+    range_test(model, torch.optim.SGD(model.parameters()), quadratic, wrap(loader), end=0.1, steps=20, progress=False)
+    assert loader.sampler.order == order
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_what_is_named_in_containers() -> None:
+    """Arrays, loaders, counters, and objects of unknown classes; what cannot be put back is an error."""
+
+    class Metric:
+        def __init__(self) -> None:
+            self.sum = 0.0
+
+    array, metric, counter = np.zeros(3), Metric(), Counter(calls=2)
+    generator = torch.Generator().manual_seed(5)
+    other = Endless(DataLoader(list(range(4)), shuffle=True, generator=generator))
+    state = generator.get_state()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        array[1] += 1
+        metric.sum += 1
+        counter["calls"] += 1
+        list(other)
+        return model(batch)
+
+    model = Parabola()
+    model.calls = counter
+    optimizer = torch.optim.SGD(model.parameters())
+
+    def test(*also: Any) -> None:
+        range_test(model, optimizer, loss, forever(), end=0.1, steps=3, progress=False, also_restore=also)
+
+    test(array, {"metric": [metric]}, other.loader)
+    assert array.tolist() == [0, 0, 0]
+    assert metric.sum == 0
+    assert torch.equal(generator.get_state(), state)
+    assert counter == Counter(calls=2)
+    with pytest.raises(TypeError, match="cannot put back a int, of also_restore"):
+        test(3)
+
+
+def test_all_is_put_back_whatever_comes() -> None:
+    """A second Ctrl-C waits; where one thing cannot be put back, all others are."""
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(4)])
+    before = [param.detach().clone() for param in model.parameters()]
+
+    class Impatient:
+        """Like the state of a generator of NumPy's, but one that interrupts, and then fails."""
+
+        def __init__(self) -> None:
+            self.__dict__["armed"] = []
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+            raise OSError("no longer there")
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch).square().mean()
+
+    snapshot = lr_finder._Snapshot(None)
+    impatient = Impatient()
+    snapshot._undo.append(lambda: setattr(impatient, "state", 1))  # the first of all
+    snapshot.add(*model.parameters())
+    with pytest.raises(KeyboardInterrupt), snapshot:
+        for param in model.parameters():
+            param.data.zero_()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, about threads that torch has
 def test_an_epoch_of_persistent_workers_goes_on() -> None:
     generator = torch.Generator().manual_seed(0)
@@ -646,6 +746,14 @@ def test_a_loss_that_is_not_finite_stops_the_test(bad: float) -> None:
 def test_without_stop_at_only_what_is_not_finite_stops() -> None:
     at = [len(sweep(start=1.5, end=10.0, stop_at=stop_at).lrs) for stop_at in (4.0, 1e30, None)]
     assert at[0] < at[1] < at[2] == 100
+
+
+def test_a_lucky_first_batch_does_not_stop_the_test() -> None:
+    """The average begins with the first losses; later ones are more than `stop_at` times as much."""
+    losses = iter([0.1, *[1.0] * 100])
+    result = sweep(loss=lambda model, _: model() * 0 + next(losses), start=1e-3, end=1.0, steps=50)
+    assert result.stopped is None
+    assert len(result.lrs) == 50
 
 
 @pytest.mark.parametrize("offset", [-1.0, -100.0])
@@ -951,9 +1059,14 @@ def test_errors_about_optimizers() -> None:
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_error_about_lazy_modules() -> None:
-    lazy = nn.Sequential(nn.LazyLinear(2))
-    with pytest.raises(ValueError, match=r"0.weight has no shape yet: run the model on a batch"):
-        range_test(lazy, torch.optim.SGD([Parameter(torch.ones(1))]), quadratic, forever())
+    for lazy, name in ((nn.LazyLinear(2), "0.weight"), (nn.LazyBatchNorm1d(affine=False), "0.running_mean")):
+        with pytest.raises(ValueError, match=rf"{name} has no shape yet: run the model on a batch"):
+            range_test(nn.Sequential(lazy), torch.optim.SGD([Parameter(torch.ones(1))]), quadratic, forever())
+
+
+def test_numbers_of_numpy() -> None:
+    plain = sweep(start=0.25, end=0.5, steps=5)
+    assert sweep(start=np.float32(0.25), end=np.float64(0.5), steps=np.int64(5)).lrs == plain.lrs
 
 
 # --- what is drawn --------------------------------------------------------------------------------------------------

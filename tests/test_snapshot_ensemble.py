@@ -668,3 +668,19 @@ def test_data_parallel_and_sharded_models(tmp_path: Path) -> None:
     ensemble = SnapshotEnsemble(nn.Linear(6, 3))
     ensemble.load_state_dict(torch.load(tmp_path / "ensemble.pt", weights_only=True))
     assert list(ensemble.members[0]) == ["weight", "bias"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_what_hooks_leave_in_a_module_is_the_models() -> None:
+    """The old weight_norm computes an attribute `weight` before each forward: that of a member must not stay."""
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 2)))
+    x = torch.ones(1, 4)
+    ensemble = SnapshotEnsemble(model, average="outputs")
+    ensemble.add()
+    with torch.no_grad():
+        model[0].weight_g.mul_(10)
+    expected = model(x)
+    weight = model[0].weight
+    assert not torch.equal(ensemble(x), expected)
+    assert model[0].weight is weight
+    assert weight.requires_grad

@@ -39,7 +39,7 @@ import fusedopt
 DENSE = {"Adagrad": fusedopt.Adagrad, "Adam": fusedopt.Adam, "SGD": SGD}
 SPARSE = {"Adagrad": fusedopt.Adagrad, "SparseAdam": SparseAdam, "SGD": SGD}
 COLOURS = {"Adagrad": "#d55e00", "Adam": "#0072b2", "SparseAdam": "#0072b2", "SGD": "#666666"}
-DENSE_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+DENSE_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SPARSE_LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SEEDS = 3  # dense: chance decides much in a network
 LOOKS = 5  # at the text's model in a pass
@@ -335,10 +335,18 @@ def run(quick: bool) -> study.Study:
         f"Adagrad's rate falls by {1 - end.rates / middle.rates:.0%}, its loss by {1 - end.score / middle.score:.0%}."
     )
     by_frequency = "by how many learned chunks have the"
+    held_out = text.telling[text.part == 0]
+    sizes = map(len, by_group(held_out, held_out))
     tables = [
         study.Table(
-            f"Held-out chunks named rightly, %: all, and {by_frequency} word that tells most",
-            ["", "passes", "lr", "all", *GROUPS],
+            f"Held-out chunks named rightly, %: all, and {by_frequency} word that tells most (how many these are)",
+            [
+                "",
+                "passes",
+                "lr",
+                f"all {len(held_out)}",
+                *(f"{name}: {n}" for name, n in zip(GROUPS, sizes, strict=True)),
+            ],
             answers,
         ),
         study.Table(f"Adagrad's own rates, medians, {by_frequency} word", ["", *GROUPS], [["Adagrad", *own]]),

@@ -145,7 +145,7 @@ def train(data: Digits, lr: float, build: Callable[[Optimizer], LRScheduler], se
 
 
 def run(quick: bool) -> study.Study:
-    """Find a rate, train by five schedules, and average the snapshots."""
+    """Find a rate, train by six schedules, and average the snapshots."""
     data = load()
     epochs, seeds = (15, SEEDS[:2]) if quick else (60, SEEDS)
     found = find_rate(data)

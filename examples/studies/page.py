@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts.append(text)
             print(f"{name}: {seconds:.0f} s", flush=True)
     index = args.out / "index.html"
-    index.write_text(page(parts, args.quick))
+    index.write_text(page(parts, args.quick), encoding="utf-8")
     print(f"{index} written")
     return 0
 
