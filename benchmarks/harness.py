@@ -172,16 +172,18 @@ KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
 FIRST_STEPS = {"Adam": 1, "RAdam": 6, "Adagrad": 1}  # untimed: RAdam's sixth is the first that is rectified
 
 
-def make_parameters(sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:
+def make_parameters(
+    sizes: Sequence[int | tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[Parameter]:
     """Separately allocated parameters, each with a gradient: standard normal, both."""
     g = torch.Generator().manual_seed(seed)
 
-    def values(size: int) -> Tensor:
+    def values(size: int | tuple[int, ...]) -> Tensor:
         return torch.empty(size, dtype=dtype).normal_(generator=g)
 
     params = [Parameter(values(size)) for size in sizes]
     for param in params:
-        param.grad = values(param.numel())
+        param.grad = values(param.shape)
     return params
 
 

@@ -1,8 +1,7 @@
 """Turn what was measured into the README's table, docs/benchmarks.md's tables and their charts.
 
-    python -m benchmarks.report                                     # of the results that the README is of now
-    python -m benchmarks.report results/cpu-X.json results/rivals-X.json
-    python -m benchmarks.report --check                             # only whether the documents say what the results do
+    python -m benchmarks.report          # of the results that the README is of now; --help: of others
+    python -m benchmarks.report --check  # only whether the documents say what the results do
 
 Nothing is chosen by outcome: the README's rows are those of STORY whoever wins, docs/benchmarks.md has all. Where
 another is faster than fusedopt, by more than the quartiles, the row says so.
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+CPU = [RESULTS / "cpu-intel-xeon.json", RESULTS / "cpu-intel-xeon-build.json"]
 OURS, FUSED, FOREACH, LOOP = "fusedopt", "torch fused", "torch foreach", "torch loop"
 Row = dict[str, Any]
 
@@ -33,6 +33,8 @@ STORY = (
     ("adagrad", "64M: of torch fused", "Adagrad, the same"),
     ("dtypes", "16M bfloat16: of torch fused", "Adam, 16M in bfloat16"),
     ("dtypes", "16M float64: of torch fused", "Adam, 16M in float64"),
+    ("elements", "1,000 elements: faster than torch fused", "Adam, one tensor of 1,000"),
+    ("elements", "100,000 elements: faster than torch fused", "Adam, one tensor of 100,000"),
     ("small1000", "gradients kept: faster than torch fused", "Adam, 1,000 tensors of 1,000"),
     ("small10", "gradients kept: faster than torch fused", "Adam, 10,000 tensors of 10"),
     ("small10", "gradients backward: faster than torch fused", "the same, new gradients from backward"),
@@ -81,7 +83,7 @@ def faster(row: Row) -> dict[str, float] | None:
     if row["unit"] == "us":
         other = spread_of(row, pair[1])["median"] * 1e6
         return {"median": other / value["median"], "low": other / value["high"], "high": other / value["low"]}
-    if next(iter(row["times"])) == pair[0]:  # ours over the other's
+    if ": of " in row["name"]:  # ours over the other's
         return {"median": 1 / value["median"], "low": 1 / value["high"], "high": 1 / value["low"]}
     return dict(value)
 
@@ -235,7 +237,8 @@ def draw_ratios(rows: Sequence[Row], rivals: dict[str, Any], facts: dict[str, An
     axes = figure.subplots()
     for place, (_, _, value, color) in enumerate(bars):
         errors = [[value["median"] - value["low"]], [value["high"] - value["median"]]]
-        axes.barh(place, value["median"], color=COLORS[color], xerr=errors, ecolor="#333333", height=0.7)
+        width = value["median"] - 1  # to the left of the line where the other is faster
+        axes.barh(place, width, left=1, color=COLORS[color], xerr=errors, ecolor="#333333", height=0.7)
         axes.text(value["high"] * 1.06, place, f"{value['median']:.3g} x", va="center", fontsize=9)
     axes.axvline(1, color=COLORS[OURS], linewidth=2.5)
     axes.set_yticks(range(len(bars)), [f"{words}  |  {who}" for words, who, _, _ in bars], fontsize=9)
@@ -271,16 +274,15 @@ def documents(rows: Sequence[Row], rivals: dict[str, Any]) -> Iterator[tuple[Pat
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("cpu", nargs="?", type=Path, default=RESULTS / "cpu-intel-xeon.json", help="make bench")
-    parser.add_argument(
-        "rivals", nargs="?", type=Path, default=RESULTS / "rivals-intel-xeon.json", help="of the rivals"
-    )
+    parser.add_argument("--cpu", nargs="+", type=Path, default=CPU, help="of `make bench`, the main one first")
+    parser.add_argument("--rivals", type=Path, default=RESULTS / "rivals-intel-xeon.json", help="of `make rivals`")
     parser.add_argument("--check", action="store_true", help="write nothing: fail where a document is not up to date")
     args = parser.parse_args(argv)
-    facts = json.loads(args.cpu.read_text())
+    facts, *more = (json.loads(path.read_text()) for path in args.cpu)
+    rows = facts["rows"] + [row for each in more for row in each["rows"]]
     rivals = json.loads(args.rivals.read_text())["rivals"]
     stale = False
-    for path, text in documents(facts["rows"], rivals):
+    for path, text in documents(rows, rivals):
         if path.read_text() != text:
             stale = True
             if not args.check:
@@ -288,8 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{path.relative_to(ROOT)}: {'is not what the results say' if args.check else 'written'}")
     if args.check:
         return int(stale)
-    draw_growth(facts["rows"], facts).savefig(DOCS / "benchmarks-growth.png", dpi=110)
-    draw_ratios(facts["rows"], rivals, facts).savefig(DOCS / "benchmarks-ratios.png", dpi=110)
+    draw_growth(rows, facts).savefig(DOCS / "benchmarks-growth.png", dpi=110)
+    draw_ratios(rows, rivals, facts).savefig(DOCS / "benchmarks-ratios.png", dpi=110)
     return 0
 
 
