@@ -109,7 +109,8 @@ def show_ratio(value: dict[str, float]) -> str:
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["--:" for _ in header[1:]]]
+    columns = list(zip(*lines, strict=True))[1:]  # numbers to the right
+    rule = ["---", *("--:" if any(re.match(r"\**\d", cell) for cell in column) else "---" for column in columns)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
@@ -173,7 +174,7 @@ def wrong_table(found: dict[str, Any]) -> str:
             bad = {probe: answer for probe, answer in answers.items() if answer[0] != "right"}
             lines += [[title, probe.replace("-", " "), verdict, words] for probe, (verdict, words) in bad.items()]
             if not bad:
-                lines.append([title, f"{len(answers)} programs", "right", ""])
+                lines.append([title, "all", "right", ""])
     return table(["optimizer", "asked about", "answer", "by how much, or what it says"], lines)
 
 
