@@ -380,7 +380,7 @@ def _progress_bar(steps: int) -> Iterator[Any]:
     """A bar of tqdm's; None if there are no steps, or no tqdm."""
     if steps:
         try:
-            from tqdm.auto import tqdm  # type: ignore[import-untyped]
+            from tqdm.auto import tqdm
         except ModuleNotFoundError:
             pass
         else:
