@@ -19,6 +19,7 @@ from .harness import Quick, Row, Skipped
 
 MODULES = (step, scaling, sparse, phase, precision, sharded, training, install)
 LONG = ("build",)  # minutes: with --only
+QUICK = ("step64m", "small10", "host", "radam", "elements", "tensors", "phase", "gpt")
 BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {}
 for module in MODULES:
     BENCHMARKS |= module.BENCHMARKS
@@ -40,7 +41,7 @@ def run(name: str, quick: Quick) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats: a minute and a half")
+    parser.add_argument("--quick", action="store_true", help="a minute and a half: fewer benchmarks and repeats")
     parser.add_argument("--only", action="append", choices=BENCHMARKS, help="this benchmark (may be repeated)")
     parser.add_argument("--json", type=Path, help="where to write the results (default: results/, a full run only)")
     args = parser.parse_args()
@@ -52,7 +53,7 @@ def main() -> None:
     company, begin = harness.Company(), time.monotonic()
     results: dict[str, list[Row]] = {}
     took: dict[str, float] = {}
-    for name in args.only or [name for name in BENCHMARKS if name not in LONG]:
+    for name in args.only or (QUICK if args.quick else [name for name in BENCHMARKS if name not in LONG]):
         start = time.monotonic()
         # In a process of its own: the heap that earlier benchmarks scattered would slow later ones by a tenth.
         with ProcessPoolExecutor(1, get_context("spawn")) as process:

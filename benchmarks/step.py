@@ -136,7 +136,7 @@ def compare_small(
 
 def small10(quick: Quick) -> Iterator[Row]:
     """10,000 tensors of 10 elements."""
-    rounds = 8 if quick else 20
+    rounds = 4 if quick else 20
     for renew, target in ((kept, at_least(16)), (assigned, at_least(11)), (backward, at_least(11))):
         calls = {OURS: 5, FUSED: 2} | ({FOREACH: 1, LOOP: 1} if renew is kept and not quick else {})
         samples = compare_small(10_000, 10, renew, calls, rounds, slow_every=7)
