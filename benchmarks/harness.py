@@ -313,6 +313,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def available_memory() -> int:
+    """Bytes that could be had without swapping; 0 where nobody says."""
+    found = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
 def children_cpu() -> float:
     """Seconds of CPU that ended child processes have used."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -19,10 +19,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
+from .harness import FOREACH, FUSED, LOOP, OURS, ROOT, show_time
+
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 CPU = [RESULTS / "cpu-intel-xeon.json", RESULTS / "cpu-intel-xeon-build.json"]
-OURS, FUSED, FOREACH, LOOP = "fusedopt", "torch fused", "torch foreach", "torch loop"
 Row = dict[str, Any]
 
 # What the README shows: benchmark, row, and the words for it.
@@ -90,13 +90,6 @@ def faster(row: Row) -> dict[str, float] | None:
 
 def find(rows: Sequence[Row], benchmark: str, name: str) -> Row | None:
     return next((row for row in rows if (row["benchmark"], row["name"]) == (benchmark, name)), None)
-
-
-def show_time(value: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= size or unit == "us":
-            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:.0f} {unit}"
-    raise AssertionError
 
 
 def show_ratio(value: dict[str, float]) -> str:

@@ -23,11 +23,16 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / ".rivals"
+import torch
+
+from . import harness
+from .harness import OURS, ratio_row
+
+FOLDER = harness.ROOT / ".rivals"
 TORCH = "torch==2.13.0"
 
 
@@ -327,14 +332,6 @@ def verdicts(contender: Contender) -> dict[str, tuple[str, str]]:
 
 def inside(name: str, quick: bool) -> dict[str, Any]:
     """Check and time one library's contenders; this process has its packages."""
-    from importlib.metadata import version
-
-    import torch
-
-    from . import harness
-    from .harness import OURS, ratio_row
-    from .harness import Contender as Timed
-
     sizes = {"16M in 4 tensors": [(4096, 1024)] * 4, "1,000 tensors of 1,000": [(10, 100)] * 1000}
     found: dict[str, Any] = {"distribution": RIVALS[name].distribution, "version": version(RIVALS[name].distribution)}
     found |= {"torch": torch.__version__, "contenders": {}, "rows": []}
@@ -357,7 +354,7 @@ def inside(name: str, quick: bool) -> dict[str, Any]:
                     steps[who] = eval(expression, names).step
             longest = max(map(once, steps.values()))  # the second step: the first one makes state, or compiles
             rounds = max(3, min(5 if quick else 21, int((2 if quick else 12) / longest / len(steps))))
-            samples = harness.interleave({who: Timed(step) for who, step in steps.items()}, rounds)
+            samples = harness.interleave({who: harness.Contender(step) for who, step in steps.items()}, rounds)
             row = ratio_row(f"{title}, {case}", samples, title, OURS)
             row.times = {who: harness.seconds(samples, who) for who in samples}
             harness.print_rows("faster", [row])
@@ -403,8 +400,8 @@ def compare(name: str, quick: bool) -> dict[str, Any] | None:
     command = [str(python), "-m", "benchmarks.rivals", "--inside", *(["--quick"] if quick else []), name]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        environment = {**os.environ, "PATH": path, "FUSEDOPT_RIVALS_OUT": str(out)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+        environment = {**os.environ, "PATH": path}
+        done = subprocess.run([*command, "--json", str(out)], cwd=harness.ROOT, env=environment, check=False)
         if done.returncode:
             print(f"{name}: ended with status {done.returncode}")
             return None
@@ -433,10 +430,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.inside:
         [name] = names
-        Path(os.environ["FUSEDOPT_RIVALS_OUT"]).write_text(json.dumps(inside(name, args.quick)))
+        args.json.write_text(json.dumps(inside(name, args.quick)))
         return 0
-    from . import harness
-
     found = {name: compare(name, args.quick) for name in names}
     path = args.json or (None if args.quick or args.names else harness.default_path("rivals"))
     if path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,6 +13,7 @@ from .harness import (
     FUSED,
     LOOP,
     OURS,
+    SMALL_QUARTERS,
     Contender,
     Quick,
     Row,
@@ -21,6 +21,7 @@ from .harness import (
     Skipped,
     Spread,
     at_most,
+    available_memory,
     interleave,
     make_optimizers,
     make_parameters,
@@ -32,10 +33,6 @@ ELEMENTS = [10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 25 * 10**7]
 STREAMED = 10**7  # from here on the memory is what is measured, not the caches
 SPLIT, TENSORS = 10**7, [1, 10, 100, 1000, 10_000, 100_000]
 BYTES = 16 + 12  # an element of parameters, gradients and two moments, and what foreach makes on the way
-
-
-def free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def compare(sizes: Sequence[int], rivals: Sequence[str], rounds: int) -> Samples:
@@ -53,10 +50,11 @@ def compare(sizes: Sequence[int], rivals: Sequence[str], rounds: int) -> Samples
 
 def elements(quick: Quick) -> Iterator[Row]:
     """Adam on one float32 tensor, from 1,000 elements to 250 million."""
-    check([1000])
+    for sizes in ([1000], SMALL_QUARTERS):  # on one thread, and on two
+        check(sizes)
     curve: list[Row] = []
     for numel in ELEMENTS[:-2] if quick else ELEMENTS:
-        if numel * BYTES > 0.8 * free_memory():
+        if numel * BYTES > 0.8 * available_memory():
             yield Row(f"{numel:,} elements", note=f"skipped: needs {numel * BYTES / 2**30:.0f} GiB of memory")
             continue
         rounds = 5 if quick or numel > STREAMED else 21
@@ -92,6 +90,7 @@ def threads(quick: Quick) -> Iterator[Row]:
     counts = [2**n for n in range(before.bit_length()) if 2**n <= before]
     if len(counts) < 2:
         raise Skipped("one thread only")
+    check(SMALL_QUARTERS)
     optimizers = make_optimizers(make_parameters([2**22 if quick else 2**24] * 4), [FUSED])
     try:
         samples_of: dict[int, Samples] = {}

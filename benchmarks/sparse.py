@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -93,11 +91,6 @@ def check_sparse(draw: Draw) -> None:
         assert_same_bits(optimizer.state[ours.param][name], value, name)
 
 
-def available_gib() -> float:
-    found = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
-    return int(found[1]) / MI if found else 0.0
-
-
 def sparse(quick: Quick) -> Iterator[Row]:
     """Adagrad on an embedding, 4,096 of whose rows of 64 are looked up: sparse gradients, not coalesced."""
     torch.sparse.check_sparse_tensor_invariants.disable()  # explicitly: else torch's step warns
@@ -113,7 +106,7 @@ def sparse(quick: Quick) -> Iterator[Row]:
         yield ratio_row(f"1M rows, {draw.__name__}: faster than torch loop", samples, LOOP, OURS, target)
 
     # Rows that lie further apart take the processor longer to reach, whoever asks: a plain copy of them is beside it.
-    large_rows = 4 if available_gib() > 6 else 2
+    large_rows = 4 if harness.available_memory() > 6 * 2**30 else 2
     contenders = {}
     for rows in (1, large_rows):
         table = Table(rows * MI, distinct)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from . import harness
-from .harness import FOREACH, FUSED, LOOP, MI, OURS, Quick, Row, Spread
+from .checks import check
+from .harness import FOREACH, FUSED, LOOP, MI, OURS, SMALL_QUARTERS, Quick, Row, Spread
 
 sys.path.append(str(harness.ROOT / "examples"))
 import corpus
@@ -27,11 +27,10 @@ class Training:
     """The GPT of `make train`, with one kind of AdamW: a call is a training step."""
 
     def __init__(self, kind: str, text: corpus.Corpus) -> None:
-        module, chosen = harness.KINDS[kind]
+        _, chosen = harness.KINDS[kind]
         self.model = train_gpt.build_model(ARGS)
-        args = argparse.Namespace(**vars(ARGS))
-        library = next(name for name, path in train_gpt.LIBRARIES.items() if path == module.__name__)
-        self.optimizer = train_gpt.build_optimizer(library, self.model, args, **chosen)
+        library = "fusedopt" if kind == OURS else "torch"
+        self.optimizer = train_gpt.build_optimizer(library, self.model, ARGS, **chosen)
         self.batches = torch.Generator().manual_seed(0)
         self.text = text
         self.step_seconds: list[float] = []
@@ -52,6 +51,7 @@ class Training:
 
 def gpt(quick: Quick) -> Iterator[Row]:
     """The training of `make train`: tokens per second with each AdamW, and the share of the step that it takes."""
+    check(SMALL_QUARTERS, algorithm="AdamW", steps=3)
     text = corpus.load()
     trainings = {kind: Training(kind, text) for kind in (OURS, FUSED, FOREACH, LOOP)}
     rounds = WARMUP + (8 if quick else 30)

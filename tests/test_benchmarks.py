@@ -1,29 +1,18 @@
 """What the benchmarks claim: the small programs for rivals, asked of ours; and documents that say what was measured."""
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from packages import require
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(ROOT)
+    from benchmarks import rivals
 
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-rivals = load("rivals")
 # Each of ours that a rival is compared with, as if it were the rival.
 OURS = {
     contender.ours: dataclasses.replace(contender, imports="import fusedopt", make=contender.ours)
@@ -66,4 +55,6 @@ def test_a_wrong_one_is_seen(probe: str) -> None:
 
 def test_documents_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     require("matplotlib")
-    assert load("report").main(["--check"]) == 0, capsys.readouterr().out
+    from benchmarks import report  # beside rivals, which is imported
+
+    assert report.main(["--check"]) == 0, capsys.readouterr().out

@@ -363,7 +363,7 @@ def test_members_kept_elsewhere_run_where_the_parameters_are() -> None:
     assert {value.device.type for value in elsewhere.members[0].values()} == {"meta"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: not yet run on a GPU")
 def test_members_on_the_host_of_a_model_on_the_gpu() -> None:
     model = make().cuda()
     ensemble = SnapshotEnsemble(model, device="cpu")

@@ -54,7 +54,7 @@ def run(name: str, quick: bool, folder: Path) -> tuple[str, float]:
     study.begin()
     start = time.perf_counter()
     found = importlib.import_module(name).run(quick)
-    found.figure.savefig(folder / f"{name}.png", dpi=110)
+    study.save(found, folder / f"{name}.png")
     return part(name, found), time.perf_counter() - start
 
 

@@ -57,8 +57,13 @@ def show(study: Study, picture: Path) -> None:
     for table in study.tables:
         print(f"{table}\n")
     print(study.findings)
-    study.figure.savefig(picture, dpi=110)
+    save(study, picture)
     print(f"\n{picture} written", end="")
+
+
+def save(study: Study, picture: Path) -> None:
+    """Write the picture."""
+    study.figure.savefig(picture, dpi=110)
 
 
 def main(run: Callable[[bool], Study], argv: Sequence[str] | None = None) -> None:
