@@ -8,13 +8,6 @@
 #include "form.h"
 #include "lanes/scalar.h"
 
-// What a call would cost more than it does: arguments in registers.
-#ifdef __CUDACC__
-#define FUSEDOPT_INLINE __forceinline__
-#else
-#define FUSEDOPT_INLINE __attribute__((always_inline)) inline
-#endif
-
 namespace fusedopt {
 namespace {
 
@@ -191,76 +184,53 @@ FUSEDOPT_HD FUSEDOPT_INLINE Lane averaged(const Form& form, Lane x, const Memory
 
 // --- 8 bits ----------------------------------------------------------------------------------------------------------
 
-// A block's scale, for its elements.
-template <class Lane>
-struct CodeScale {
-  Lane half, whole, down;  // half of it, it, and what a subnormal lies below
-};
-
-// A small float: a sign if kSigned, exponent and mantissa. Its largest value lies in [1, 2).
-template <bool is_signed, int exponent_bits, int mantissa_bits>
+// A small float: a sign if it is signed, exponent and 4 bits of mantissa. Its largest value lies in [1, 2).
+template <bool is_signed>
 struct Code {
-  static constexpr int kMantissa = mantissa_bits;
-  static constexpr int kBias = (1 << exponent_bits) - 1;
-  static constexpr uint32_t kLargest = is_signed ? 0x7f : 0xff;
-  static constexpr float kLargestValue = 2 - 1.0f / (1 << mantissa_bits);
-  static_assert(is_signed + exponent_bits + mantissa_bits == 8, "");
+  static constexpr float kLargestValue = 2 - 1.0f / 16;
+  static constexpr float kSmallest = is_signed ? 0x1p-6f : 0x1p-14f;  // of those that are normal
+  static constexpr float kOne = kSmallest / 16;                       // the value of code 1
+  // What Lane::load_codes() makes of a code, for each 1 that it stands for. A signed one has less of an exponent.
+  static constexpr float kLoaded = is_signed ? 0x1p-8f : 1;
 
-  static constexpr uint32_t kSmallest = static_cast<uint32_t>(128 - kBias) << 23;  // normal: 2 ** (1 - bias)
-  // Where floats have the fields 0 and 1.
-  static constexpr uint32_t kZero = kSmallest - (1u << 23), kOne = kZero + (1u << (23 - kMantissa));
-
+  // By which that is to be multiplied, with the block's scale: the only rounding.
+  FUSEDOPT_HD static FUSEDOPT_INLINE float factor(float scale) { return portable::mul_one(scale, 1 / kLoaded); }
   template <class Lane>
-  FUSEDOPT_HD static FUSEDOPT_INLINE CodeScale<Lane> scaled(float scale) {
-    return {Lane(portable::mul_one(scale, 0.5f)), Lane(scale),
-            Lane(portable::mul_one(scale, -bits_to_float(kSmallest)))};
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane decode(typename Lane::Bits codes, float scale) {
+    return mul(Lane::template of_codes<is_signed>(codes), Lane(factor(scale)));
   }
 
-  // All products but the last are exact, block_scale() sees to that.
+  // Codes, in the highest bytes. `inverse`: the block's. `noise`: draws, as Bits::load_noise() has them.
   template <class Lane, class Bits = typename Lane::Bits>
-  FUSEDOPT_HD static FUSEDOPT_INLINE Lane decode(Bits code, const CodeScale<Lane>& scale) {
-    const Bits field = is_signed ? bit_and(code, Bits(kLargest)) : code;
-    // Twice the value, if it is normal. A subnormal one is what that is above the smallest normal value, which is less.
-    const Lane above = Lane::float_of(add(field.template left<23 - kMantissa>(), Bits(kSmallest)));
-    const Lane value = min(mul(above, scale.half), fma(above, scale.whole, scale.down));
-    if (!is_signed) return value;
-    return Lane::float_of(bit_or(bits_of(value), bit_and(code.template left<24>(), Bits(0x80000000u))));
-  }
-
-  // inverse: of the scale; 0 if that is.
-  template <class Lane, class Bits = typename Lane::Bits>
-  FUSEDOPT_HD static FUSEDOPT_INLINE Bits encode(Lane x, Lane inverse, Bits draws) {
-    const Bits bits = bits_of(x);
-    const Lane magnitude = Lane::float_of(without_sign(bits)), zero(0.0f), smallest = Lane::float_of(Bits(kSmallest));
-    // The other way round: half of what is above the smallest normal value; of a subnormal one that is more.
-    Lane y = mul(magnitude, inverse);
-    y = max(y, mul(add(y, smallest), Lane(0.5f)));
-    y = min(y, Lane(kLargestValue));
+  FUSEDOPT_HD static FUSEDOPT_INLINE Bits encode(Lane x, Lane inverse, Bits noise) {
+    Lane y = mul(is_signed ? Lane::float_of(without_sign(bits_of(x))) : x, inverse);
+    // A subnormal one lies half of what it is above the middle of the smallest normal value and zero: so its exponent
+    // is that of a field of 0, and its bits are where a code's are, too.
+    const Lane half(0.5f), middle(kSmallest / 2);
+    y = max(y, Lane::kPrefersFma ? fma(y, half, middle) : add(mul(y, half), middle));
     // What is not zero must not become it: it is divided by.
-    if (!is_signed) y = max(y, if_equal(magnitude, zero, zero, Lane::float_of(Bits(kOne))));
-    // As 0 has the field 0, and draws begin at a half of one.
-    const Bits sum = sub(add(bits_of(y), draws.template left<7 - kMantissa>()), Bits(kZero - (1u << (6 - kMantissa))));
-    const Bits field = sum.template right<23 - kMantissa>();
-    if (!is_signed) return field;
-    return bit_or(field, bit_and(bits.template right<24>(), Bits(0x80)));
+    if (!is_signed) y = max_unless_zero(x, y, Lane((kSmallest + kOne) / 2));
+    const Bits codes = add(bits_of(y), noise).template left<5>();
+    return is_signed ? if_set(Bits(0x80000000u), bits_of(x), codes) : codes;
   }
 };
 
 // Those of what may be negative, and of what is not.
-using SignedCode = Code<true, 3, 4>;
-using UnsignedCode = Code<false, 4, 4>;
+using SignedCode = Code<true>;
+using UnsignedCode = Code<false>;
 
 // A block's scale, of its largest magnitude, and the inverse. 0 of a magnitude too small to have one whose products
-// with codes are exact, NaN of one that is not finite: then the inverse is 0, and all codes must be.
+// with codes are exact, NaN of one too large, or not finite: then the inverse is 0, and all codes must be.
 struct BlockScale {
   float scale, inverse;
 };
 template <class C>
 FUSEDOPT_HD inline BlockScale block_scale(float largest) {
+  if (!(largest < 0x1p127f * C::kLoaded)) return {bits_to_float(0x7fc00000u), 0};
   const float scale = portable::mul_one(largest, 1 / C::kLargestValue);
-  if (largest - largest != 0) return {bits_to_float(0x7fc00000u), 0};
   if (!(scale >= 0x1p-112f)) return {0, 0};
-  return {scale, portable::div_one(1.0f, scale)};
+  // Products with it are two last places above the largest value at most: less than the four that a draw leaves.
+  return {scale, portable::div_one(C::kLargestValue, largest)};
 }
 
 }  // namespace

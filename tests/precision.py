@@ -159,26 +159,23 @@ class Code:
         """Of a block whose largest magnitude is given."""
         with np.errstate(all="ignore"):
             scale = (amax * np.float32(1 / float(self.largest))).astype(np.float32)
-            return np.where(
-                np.isfinite(amax), np.where(scale >= np.float32(2**-112), scale, np.float32(0)), np.nan
-            ).astype(np.float32)
+            found = np.where(scale >= np.float32(2**-112), scale, np.float32(0))
+            return np.where(amax < 2.0 ** (112 + self.bias), found, np.nan).astype(np.float32)
 
-    def encode(self, x: np.ndarray, scale: np.ndarray, r: np.ndarray) -> np.ndarray:
-        """With the scale and draw of each element. In a block whose scale is 0 or nan all codes are 0."""
+    def encode(self, x: np.ndarray, amax: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """With the block's largest magnitude and the draw of each element. Where the scale is 0 or nan, so are all."""
         m, bias = self.mantissa_bits, self.bias
         with np.errstate(all="ignore"):
-            inv = np.where(scale >= np.float32(2**-112), np.float32(1) / scale, np.float32(0)).astype(np.float32)
-            y = (np.abs(x) * inv).astype(np.float32)
+            y = (np.abs(x) * (self.largest / amax).astype(np.float32)).astype(np.float32)
             smallest = np.float32(2.0 ** (1 - bias))
             above = (y + smallest).astype(np.float32)
         z = np.where(y >= smallest, bits32(y), bits32(above) - (1 << 23))
         field = ((z + (r << (7 - m)) + (1 << (6 - m))) >> (23 - m)) - ((127 - bias) << m)
-        field = np.minimum(field, self.fields - 1)
         if self.signed:
             field = field | (np.signbit(x).astype(np.int64) * self.fields)
         else:
             field = np.where(x > 0, np.maximum(field, 1), field)
-        return np.where(scale > 0, field, 0).astype(np.uint8)
+        return np.where(self.scale(amax) > 0, field, 0).astype(np.uint8)
 
     def decode(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         codes = codes.astype(np.int64)
@@ -223,8 +220,8 @@ def encode_blocks(
     blocks = -(-length // block)
     padded = np.zeros((d0, blocks * block), dtype=np.float32)
     padded[:, :length] = np.abs(x).reshape(d0, length)
-    scales = code.scale(padded.reshape(d0, blocks, block).max(axis=2))  # NaN if one is
-    return code.encode(x, of_elements(scales, shape, block), r), scales
+    amax = padded.reshape(d0, blocks, block).max(axis=2)  # NaN if one is
+    return code.encode(x, of_elements(amax, shape, block), r), code.scale(amax)
 
 
 def decode_blocks(codes: np.ndarray, scales: np.ndarray, shape: tuple[int, ...], block: int, code: Code) -> np.ndarray:

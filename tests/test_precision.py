@@ -1632,11 +1632,12 @@ def test_reference_codes(code: Code) -> None:
     for scale in (1.0, 2.0**-90, 2.0**100, 0.37, 1e-25):
         scales = np.full(256, scale, dtype=np.float32)
         values = code.decode(codes, scales)
-        # 1 / scale is rounded: then a subnormal code's value may fall one draw in 65,536 short of it.
+        amax = np.full(256, values.max(), dtype=np.float32)
+        # The inverse is rounded: then a subnormal code's value may fall one draw in 65,536 short of it.
         exact = math.frexp(scale)[0] == 0.5
         normal = codes % code.fields >= 2**code.mantissa_bits
         for r in (0, 1, 2, 3, 1000, 32768, 65530, 65535):
-            same = code.encode(values, scales, np.full(256, r)) == codes
+            same = code.encode(values, amax, np.full(256, r)) == codes
             assert (same | (~normal & (r == 0) & (not exact))).all(), (scale, r)
     zero = code.encode(np.full(256, 1e-39, dtype=np.float32), np.zeros(256, dtype=np.float32), codes * 257)
     assert (zero == 0).all()
@@ -1645,17 +1646,17 @@ def test_reference_codes(code: Code) -> None:
 @pytest.mark.parametrize("code", CODES, ids=str)
 def test_reference_codes_are_unbiased(code: Code) -> None:
     """All draws of a few values: one of the two codes around, in the mean the value."""
-    scale = np.ones(2**16, dtype=np.float32)
+    scale, amax = np.ones(2**16, dtype=np.float32), np.full(2**16, code.largest)
     smallest = float(code.values[1])
     for value in (0.7, 0.123, 0.9999, float(code.largest) * 0.99, smallest * 1.3, smallest * 3.7):
         x = np.full(2**16, value, dtype=np.float32)
-        found = code.decode(code.encode(x, scale, np.arange(2**16)), scale).astype(np.float64)
+        found = code.decode(code.encode(x, amax, np.arange(2**16)), scale).astype(np.float64)
         above = np.searchsorted(code.values, x[0])
         assert set(found) <= {float(code.values[above - 1]), float(code.values[above])}
         width = float(code.values[above] - code.values[above - 1])
         assert abs(found.mean() - float(x[0])) < width * 2**-15
     tiny = np.full(2**16, smallest * 0.01, dtype=np.float32)
-    codes = code.encode(tiny, scale, np.arange(2**16))
+    codes = code.encode(tiny, amax, np.arange(2**16))
     assert codes.mean() == pytest.approx(0.01, rel=0.05) if code.signed else (codes == 1).all()
 
 

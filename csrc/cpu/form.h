@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 
 #include "../codecs.h"
 #include "gather.h"
@@ -77,15 +78,18 @@ class Drawer {
   void make_until(int64_t wanted) {
     while (made() < wanted) make_some();
   }
-  __attribute__((always_inline)) void make_some() {
-    if (FUSEDOPT_MOSTLY(round_ < kRounds)) {
-      philox_round(words_, drawing_.keys[round_][0], drawing_.keys[round_][1]);
-      ++round_;
-      return;
+  // Not inlined: what is around it needs the registers.
+  __attribute__((noinline)) void make_some() {
+    for (int some = 0; some < 2; ++some) {
+      if (FUSEDOPT_MOSTLY(round_ < kRounds)) {
+        philox_round(words_, drawing_.keys[round_][0], drawing_.keys[round_][1]);
+        ++round_;
+      } else {
+        finish();
+        done_ += Bits::kWidth;
+        begin();
+      }
     }
-    finish();
-    done_ += Bits::kWidth;
-    begin();
   }
 
  private:
@@ -141,10 +145,6 @@ class LaneMemory {
   __attribute__((always_inline)) Bits load_signed(int slot) const {
     return load_as<Bits, int16_t>(slot);
   }
-  template <class Bits>
-  __attribute__((always_inline)) Bits load_codes(int slot) const {
-    return load_as<Bits, uint8_t>(slot);
-  }
   template <class Lane>
   __attribute__((always_inline)) void store(int slot, DType dtype, Lane x) const {
     if (dtype == DType::kFloat32) return x.store(at<float>(slot));
@@ -176,12 +176,41 @@ class LaneMemory {
   int count_[sizeof...(Count) + 1];
 };
 
+template <int... k, class F>
+__attribute__((always_inline)) inline void each_of(std::integer_sequence<int, k...>, [[maybe_unused]] F f) {
+  (f(std::integral_constant<int, k>{}), ...);
+}
+// Compile-time loop: only elements of arrays whose indices are constants stay in registers.
+template <int n, class F>
+__attribute__((always_inline)) inline void each(F f) {
+  each_of(std::make_integer_sequence<int, n>{}, f);
+}
+
+// State of a block to codes, four lanes of each tensor. Not inlined, as make_some().
+template <class Rule, int num_states, class Base>
+__attribute__((noinline)) void encode_some(const float (*values)[kCodeBlock], const float* inverses, const Draws& draws,
+                                           int64_t drawn, std::byte* const* codes, int64_t at) {
+  using Bits = typename Base::Bits;
+  each<num_states>([&](auto k) __attribute__((always_inline)) {
+    const Base inverse(inverses[k]);
+    Bits code[4];
+    each<4>([&](auto n) __attribute__((always_inline)) {
+      constexpr int i = n * Base::kWidth;
+      const Bits noise = Bits::load_noise(draws.of[1 + k] + drawn + i);
+      code[n] = Code<Rule::is_signed(k)>::encode(Base::load(values[k] + i), inverse, noise);
+    });
+    Bits::store_highest(code[0], code[1], code[2], code[3], reinterpret_cast<uint8_t*>(codes[k]) + at);
+  });
+}
+
 // The rule's part: all that is compiled for each.
 // is_bfloat16: all that has 16 bits is known to be; most often it is, and branches are saved.
-template <class Rule, int variant, class Lane, States kind, bool is_bfloat16>
+template <class Rule, int variant, class Base, States kind, bool is_bfloat16>
 void update_run(const void* scalars, const FormRun& where, int64_t count) {
   constexpr int kNumStates = Rule::num_states(variant);
   constexpr bool kCoded = kind == States::kCoded;
+  constexpr int64_t kStep = 4 * Base::kWidth;
+  using Lane = typename Base::Pair;
   using Bits = typename Lane::Bits;
   const auto s = *static_cast<const typename Rule::template Scalars<float>*>(scalars);
   const FormRun run = where;  // copies, which the stores cannot alias
@@ -192,27 +221,26 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
   // Of a block of codes: its state as it is updated, whose scales are known when all of it is. So it is encoded
   // together with the next block's update, whose divisions leave the time for that.
   alignas(64) float values[2][kNumStates + 1][kCodeBlock];
-  CodeScale<Lane> scale[kNumStates + 1];
+  Lane scale[kNumStates + 1];
   Bits most[kNumStates + 1];
-  Lane inverse[kNumStates + 1];
-  bool is_zero[kNumStates + 1];
+  float inverse[kNumStates + 1];
   const auto draws_at = [&](int tensor, int64_t i) __attribute__((always_inline)) {
-    return Bits::load(static_cast<const uint16_t*>(run.draws->of[tensor]) + run.ahead + i);
+    return static_cast<const uint16_t*>(run.draws->of[tensor]) + run.ahead + i;
   };
-  const auto encode = [&](int k, int64_t begin, int64_t i, int half) __attribute__((always_inline)) {
-    const Lane x = Lane::load(values[half][k] + i);
-    const Bits draws = draws_at(1 + k, begin + i);
-    const Bits code =
-        Rule::is_signed(k) ? SignedCode::encode(x, inverse[k], draws) : UnsignedCode::encode(x, inverse[k], draws);
-    code.store(reinterpret_cast<uint8_t*>(run.data[kState + k]) + begin + i);
+  const auto encode = [&](int64_t begin, int64_t at, int half) __attribute__((always_inline)) {
+    if constexpr (kCoded) {
+      const auto* const of_block = reinterpret_cast<const float (*)[kCodeBlock]>(&values[half][0][at]);
+      encode_some<Rule, kNumStates, Base>(of_block, inverse, *run.draws, run.ahead + begin + at, run.data + kState,
+                                          begin + at);
+    }
   };
   const auto end_encoding = [&](int64_t begin, int64_t size) {
     for (int k = 0; k < kNumStates; ++k) {
-      if (is_zero[k]) std::memset(run.data[kState + k] + begin, 0, size);
+      if (inverse[k] == 0) std::memset(run.data[kState + k] + begin, 0, size);
     }
   };
 
-  Drawer<Bits> drawer(*where.drawing, run.drawn_from, run.draws);
+  Drawer<typename Base::Bits> drawer(*where.drawing, run.drawn_from, run.draws);
   const bool draws = Rule::kWritesParam && run.draws;  // a pause, which has only to be measured, does not
   if (draws) drawer.make_until(run.ahead + (count < kDrawGroup ? count : kDrawGroup));
   const int64_t piece = kCoded ? kCodeBlock : count;
@@ -221,85 +249,92 @@ void update_run(const void* scalars, const FormRun& where, int64_t count) {
   for (int64_t begin = 0; begin < count; begin += piece) {
     const int64_t end = begin + piece < count ? begin + piece : count;
     float* const scales = run.scales + begin / kCodeBlock * kNumStates;
-    for (int k = 0; kCoded && k < kNumStates; ++k) {
-      scale[k] = Rule::is_signed(k) ? SignedCode::scaled<Lane>(scales[k]) : UnsignedCode::scaled<Lane>(scales[k]);
-      most[k] = Bits(0);
+    if constexpr (kCoded) {
+      each<kNumStates>([&](auto k) __attribute__((always_inline)) {
+        scale[k] = Lane(Code<Rule::is_signed(k)>::factor(scales[k]));
+        most[k] = Bits(0);
+      });
     }
-    for (int64_t i = begin; i < end; i += Lane::kWidth) {
-      const LaneMemory<> memory(run, i);
-      const int64_t next = to_fetch(i, run.left);
-      for (int slot = 0; slot < kState + kNumStates; ++slot) {
-        if (slot != kGrad || Rule::kReadsGrad) __builtin_prefetch(run.data[slot] + next * run.size[slot]);
-      }
-      __builtin_prefetch(run.data[companion] + next * run.size[companion]);
-      Lane param = load_param<Lane>(form, memory), grad(0.0f);
-      if constexpr (Rule::kReadsGrad) grad = memory.template load<Lane>(kGrad, form.grad);
-      Lane states[kNumStates + 1];
-      for (int k = 0; k < kNumStates; ++k) {
-        if constexpr (kCoded) {
-          const Bits code = memory.template load_codes<Bits>(kState + k);
-          states[k] = Rule::is_signed(k) ? SignedCode::decode(code, scale[k]) : UnsignedCode::decode(code, scale[k]);
-        } else if constexpr (kind == States::kFloat32) {
-          states[k] = memory.template load<Lane>(kState + k, DType::kFloat32);
-        } else {
-          states[k] = memory.template load<Lane>(kState + k, form.state);
-        }
-      }
+    for (int64_t at = begin; at < end; at += kStep) {
+      const int64_t next = to_fetch(at, run.left);
+      const auto fetch = [&](int slot, int64_t size) __attribute__((always_inline)) {
+        for (int64_t line = 0; line < kStep * size; line += 64) __builtin_prefetch(run.data[slot] + next * size + line);
+      };
+      const int64_t size = is_bfloat16 ? 2 : run.size[kParam];
+      fetch(kParam, size);
+      if (Rule::kReadsGrad) fetch(kGrad, is_bfloat16 ? 2 : run.size[kGrad]);
+      for (int k = 0; k < kNumStates; ++k) fetch(kState + k, kCoded ? 1 : kind == States::kHalf ? 2 : 4);
+      if (companion != kParam) fetch(companion, run.size[companion]);
+      if (draws) drawer.make_some();
+      if (kCoded && begin > 0) encode(begin - kCodeBlock, at - begin, 1 - half);
+#pragma GCC unroll 1
+      for (int64_t i = at; i < at + kStep; i += Lane::kWidth) {
+        const LaneMemory<> memory(run, i);
+        Lane param = load_param<Lane>(form, memory), grad(0.0f);
+        if constexpr (Rule::kReadsGrad) grad = memory.template load<Lane>(kGrad, form.grad);
+        Lane states[kNumStates + 1];
+        each<kNumStates>([&](auto k) __attribute__((always_inline)) {
+          if constexpr (kCoded) {
+            const auto* const codes = reinterpret_cast<const uint8_t*>(run.data[kState + k]) + i;
+            states[k] = mul(Lane::template load_codes<Rule::is_signed(k)>(codes), scale[k]);
+          } else if constexpr (kind == States::kFloat32) {
+            states[k] = memory.template load<Lane>(kState + k, DType::kFloat32);
+          } else {
+            states[k] = memory.template load<Lane>(kState + k, form.state);
+          }
+        });
 
-      const Lane before = param;
-      const Lane added = Rule::template update<variant>(s, param, grad, states);
+        const Lane before = param;
+        const Lane added = Rule::template update<variant>(s, param, grad, states);
 
-      if constexpr (Rule::kWritesParam)
-        store_param(form, param, [&]() __attribute__((always_inline)) { return draws_at(0, i); }, memory);
-      for (int k = 0; k < kNumStates; ++k) {
-        if constexpr (kCoded) {
-          states[k].store(values[half][k] + (i - begin));
-          most[k] = max(most[k], without_sign(bits_of(states[k])));
-          if (begin > 0) encode(k, begin - kCodeBlock, i - begin, 1 - half);
-        } else if constexpr (kind == States::kFloat32) {
-          memory.store(kState + k, DType::kFloat32, states[k]);
-        } else if (FUSEDOPT_RARELY(!form.stochastic_state)) {  // a moving average
-          memory.store(kState + k, form.state, states[k]);
-        } else {
-          store_drawn(form.state, states[k], draws_at(1 + k, i), kState + k, memory);
+        if constexpr (Rule::kWritesParam) {
+          const auto drawn = [&]() __attribute__((always_inline)) { return Bits::load(draws_at(0, i)); };
+          store_param(form, param, drawn, memory);
         }
-      }
-      if (draws && i & Lane::kWidth) drawer.make_some();
-      if (FUSEDOPT_RARELY(Rule::kHasCompany && run.ema != Ema::kNone)) {
-        const Lane now = averaged(form, param, memory);
-        Lane average = now;
-        if (run.ema == Ema::kMove) average = Common::average(s, memory.template load<Lane>(kEmaSlot, form.ema), now);
-        memory.store(kEmaSlot, form.ema, average);
-      }
-      if (FUSEDOPT_RARELY(run.seen)) {
-        if constexpr (!Rule::kReadsGrad) grad = memory.template load<Lane>(kGrad, form.grad);
-        grad.store(run.seen->grad + i);
-        before.store(run.seen->before + i);
-        added.store(run.seen->added + i);
+        each<kNumStates>([&](auto k) __attribute__((always_inline)) {
+          if constexpr (kCoded) {
+            states[k].store(values[half][k] + (i - begin));
+            const Bits bits = bits_of(states[k]);
+            most[k] = max(most[k], Rule::is_signed(k) ? without_sign(bits) : bits);
+          } else if constexpr (kind == States::kFloat32) {
+            memory.store(kState + k, DType::kFloat32, states[k]);
+          } else if (FUSEDOPT_RARELY(!form.stochastic_state)) {  // a moving average
+            memory.store(kState + k, form.state, states[k]);
+          } else {
+            store_drawn(form.state, states[k], Bits::load(draws_at(1 + k, i)), kState + k, memory);
+          }
+        });
+        if (FUSEDOPT_RARELY(Rule::kHasCompany && run.ema != Ema::kNone)) {
+          const Lane now = averaged(form, param, memory);
+          Lane average = now;
+          if (run.ema == Ema::kMove) average = Common::average(s, memory.template load<Lane>(kEmaSlot, form.ema), now);
+          memory.store(kEmaSlot, form.ema, average);
+        }
+        if (FUSEDOPT_RARELY(run.seen)) {
+          if constexpr (!Rule::kReadsGrad) grad = memory.template load<Lane>(kGrad, form.grad);
+          grad.store(run.seen->grad + i);
+          before.store(run.seen->before + i);
+          added.store(run.seen->added + i);
+        }
       }
     }
     if constexpr (kCoded) {
       if (begin > 0) end_encoding(begin - kCodeBlock, kCodeBlock);
-      for (int k = 0; k < kNumStates; ++k) {
-        const float magnitude = bits_to_float(largest(most[k]));
-        const BlockScale found =
-            Rule::is_signed(k) ? block_scale<SignedCode>(magnitude) : block_scale<UnsignedCode>(magnitude);
+      each<kNumStates>([&](auto k) __attribute__((always_inline)) {
+        const BlockScale found = block_scale<Code<Rule::is_signed(k)>>(bits_to_float(largest(most[k])));
         scales[k] = found.scale;
-        inverse[k] = Lane(found.inverse);
-        is_zero[k] = found.inverse == 0;
-      }
+        inverse[k] = found.inverse;
+      });
       half = 1 - half;
       if (end < count) continue;
-      for (int64_t i = 0; i < end - begin; i += Lane::kWidth) {
-        for (int k = 0; k < kNumStates; ++k) encode(k, begin, i, 1 - half);
-      }
+      for (int64_t at = 0; at < end - begin; at += kStep) encode(begin, at, 1 - half);
       end_encoding(begin, end - begin);
     }
   }
 }
 
 // A piece of such a row: brings its elements, wherever they lie, to update_run. Compiled once for all rules.
-template <class Lane>
+template <class Lane, int kStep>
 class FormWalk {
  public:
   using Update = void (*)(const void*, const FormRun&, int64_t);
@@ -339,8 +374,8 @@ class FormWalk {
       if (form_.run > 0 && stop - at > form_.run - at % form_.run) stop = at + form_.run - at % form_.run;
       if (form_.is_coded()) {
         if (form_.row_numel % kCodeBlock != 0) stop = form_.block_end(at);
-      } else if (!copies && stop - at > Lane::kWidth) {
-        stop -= (stop - at) % Lane::kWidth;  // what is left is copied
+      } else if (!copies && stop - at > kStep) {
+        stop -= (stop - at) % kStep;  // what is left is copied
       }
       const int64_t whole = form_.whole(at);
       run_.ahead = whole % kDrawGroup;
@@ -349,7 +384,7 @@ class FormWalk {
         auto* const scales = reinterpret_cast<float*>(row_.data[form_.scales()]);
         run_.scales = scales + form_.block_of(at) * form_.num_states;
       }
-      row_.layout || (stop - at) % Lane::kWidth != 0 ? buffered(at, stop) : direct(at, stop, end);
+      row_.layout || (stop - at) % kStep != 0 ? buffered(at, stop) : direct(at, stop, end);
       if (stats_ && (stop >= end || stop / kPart != at / kPart)) row_.beside->stats[at / kPart] = stats_->end_part();
       // The last block may reach into a part that no other begins in.
       if (stats_ && stop == row_.numel && (stop - 1) / kPart != at / kPart) row_.beside->stats[(stop - 1) / kPart] = {};
@@ -372,7 +407,7 @@ class FormWalk {
   // Strided streams, and what fills no whole lane.
   void buffered(int64_t begin, int64_t end) {
     alignas(64) std::byte buffer[kNumSlots][kRun * sizeof(float)];
-    const int64_t count = end - begin, whole = (count + Lane::kWidth - 1) / Lane::kWidth * Lane::kWidth;
+    const int64_t count = end - begin, whole = (count + kStep - 1) / kStep * kStep;
     for (int slot = 0; slot < kNumSlots; ++slot) {
       run_.data[slot] = buffer[slot];
       if (stream_[slot] >= 0) std::memset(buffer[slot] + count * run_.size[slot], 0, (whole - count) * run_.size[slot]);
@@ -455,7 +490,7 @@ void update_form(const TensorRow& row, int64_t begin, int64_t end) {
   } else {
     update = update_run<Rule, variant, Lane, States::kHalf, false>;
   }
-  FormWalk<Lane>(row, update, measures ? &stats : nullptr).walk(begin, end);
+  FormWalk<Lane, 4 * Lane::kWidth>(row, update, measures ? &stats : nullptr).walk(begin, end);
 }
 
 }  // namespace

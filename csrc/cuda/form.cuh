@@ -151,8 +151,8 @@ struct FormUpdate {
     for (int k = 0; k < kNumStates; ++k) {
       if constexpr (coded) {
         const Bits codes = memory.template load_codes<Bits>(kState + k);
-        states[k] = Rule::is_signed(k) ? SignedCode::decode(codes, SignedCode::scaled<Lane>(scales[k]))
-                                       : UnsignedCode::decode(codes, UnsignedCode::scaled<Lane>(scales[k]));
+        states[k] = Rule::is_signed(k) ? SignedCode::decode<Lane>(codes, scales[k])
+                                       : UnsignedCode::decode<Lane>(codes, scales[k]);
       } else {
         states[k] = memory.template load<Lane>(kState + k, form.state);
       }
@@ -347,7 +347,10 @@ struct FormUpdate {
                                                   const portable::Bits<N>& draws) {
     const portable::Lane<float, N> inverse(scale.inverse);
     if (scale.inverse == 0) return portable::Bits<N>(0);
-    return Rule::is_signed(k) ? SignedCode::encode(x, inverse, draws) : UnsignedCode::encode(x, inverse, draws);
+    const auto noise = portable::Bits<N>::noise(draws);
+    const auto codes =
+        Rule::is_signed(k) ? SignedCode::encode(x, inverse, noise) : UnsignedCode::encode(x, inverse, noise);
+    return codes.template right<24>();
   }
 
   // The larger, NaN if one is.

@@ -38,7 +38,7 @@ class OutsideCapture {
 // blocks at the least, whose loads are more than a memory with a latency of a microsecond needs to be busy.
 template <class Rule, class S, bool kFull>
 constexpr int min_blocks() {
-  constexpr bool many_scalars = sizeof(typename Rule::template Scalars<float>) > 48;
+  constexpr bool many_scalars = sizeof(typename Rule::template Scalars<float>) > 56;
   constexpr bool has_sparse = Rule::kSparseVariant >= 0;
   if (kFull) return sizeof(S) == 8 ? 1 : 2;
   return sizeof(S) == 2 ? (many_scalars ? 2 : 3) : has_sparse ? 3 : 0;

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "lane.h"
+#include "twice.h"
 
 namespace fusedopt {
 namespace avx2 {
@@ -12,6 +12,7 @@ struct F64 {
   using Scalar = double;
   using Doubles = F64;
   static constexpr int kWidth = 4;
+  static constexpr bool kPrefersFma = true;
   __m256d v;
 
   F64() = default;
@@ -70,14 +71,19 @@ struct Bits {
   }
   static Bits load_upper(const uint16_t* p) { return load(p).left<16>(); }
   static Bits load_upper(const uint16_t* p, int n) { return load(p, n).left<16>(); }
-  static Bits load(const uint8_t* p) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  }
   template <class I>
   static Bits load(const I* p, int n) {
     I block[kWidth] = {};
     std::memcpy(block, p, n * sizeof(I));
     return load(block);
+  }
+  static Bits load_noise(const uint16_t* p) { return bit_or(load(p).left<3>(), Bits(4)); }
+  static void store_highest(Bits a, Bits b, Bits c, Bits d, uint8_t* p) {
+    const __m256i ab = _mm256_packus_epi32(a.right<24>().v, b.right<24>().v);
+    const __m256i cd = _mm256_packus_epi32(c.right<24>().v, d.right<24>().v);
+    // Of each half of 128 bits four bytes of each of them.
+    const __m256i all = _mm256_packus_epi16(ab, cd), turned = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(all, turned));
   }
   void store(uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   void store(uint16_t* p) const { left<16>().store_upper(p); }
@@ -85,11 +91,6 @@ struct Bits {
     const __m256i words = _mm256_srli_epi32(v, 16);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-  }
-  void store(uint8_t* p) const {
-    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xff));
-    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
   }
 
   friend Bits add(Bits a, Bits b) { return _mm256_add_epi32(a.v, b.v); }
@@ -120,6 +121,9 @@ struct Bits {
   friend Bits if_same(Bits a, Bits b, Bits yes, Bits no) {
     return _mm256_blendv_epi8(no.v, yes.v, _mm256_cmpeq_epi32(a.v, b.v));
   }
+  friend Bits if_set(Bits a, Bits yes, Bits no) {
+    return _mm256_or_si256(_mm256_and_si256(a.v, yes.v), _mm256_andnot_si256(a.v, no.v));
+  }
   friend void mul_wide(Bits a, uint32_t constant, Bits* high, Bits* low) {
     const __m256i c = _mm256_set1_epi32(static_cast<int>(constant));
     const __m256i even = _mm256_mul_epu32(a.v, c), odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), c);
@@ -144,7 +148,9 @@ struct F32 {
   using Scalar = float;
   using Doubles = F64;
   using Bits = avx2::Bits;
+  using Pair = Twice<F32>;
   static constexpr int kWidth = 8;
+  static constexpr bool kPrefersFma = true;
   __m256 v;
 
   F32() = default;
@@ -162,6 +168,15 @@ struct F32 {
 
   static F32 widen(__m128i x, BFloat16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
   static F32 widen(__m128i x, Half) { return _mm256_cvtph_ps(x); }
+
+  template <bool is_signed>
+  static void load_codes(const uint8_t* p, F32* a, F32* b) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    __m256i halves = _mm256_slli_epi16(is_signed ? _mm256_cvtepi8_epi16(codes) : _mm256_cvtepu8_epi16(codes), 6);
+    if (is_signed) halves = _mm256_and_si256(halves, _mm256_set1_epi16(static_cast<int16_t>(0x9fc0)));
+    *a = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    *b = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+  }
 
   // Round to nearest even; a NaN is made quiet and keeps its upper bits.
   __m128i narrow(BFloat16) const {
@@ -207,6 +222,10 @@ struct F32 {
   static F32 float_of(Bits bits) { return _mm256_castsi256_ps(bits.v); }
   friend F32 min(F32 a, F32 b) { return _mm256_min_ps(a.v, b.v); }
   friend F32 max(F32 a, F32 b) { return _mm256_max_ps(a.v, b.v); }
+  friend F32 max_unless_zero(F32 x, F32 a, F32 b) {
+    const __m256 is_zero = _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_EQ_OQ);
+    return _mm256_max_ps(a.v, _mm256_andnot_ps(is_zero, b.v));  // a is positive
+  }
   friend Bits if_ordered(F32 x, Bits yes, Bits no) {
     return _mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_ORD_Q)));
   }

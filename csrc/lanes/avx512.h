@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "lane.h"
+#include "twice.h"
 
 namespace fusedopt {
 namespace avx512 {
@@ -12,6 +12,7 @@ struct F64 {
   using Scalar = double;
   using Doubles = F64;
   static constexpr int kWidth = 8;
+  static constexpr bool kPrefersFma = true;
   __m512d v;
 
   F64() = default;
@@ -90,12 +91,25 @@ struct Bits {
   static Bits load(const int16_t* p, int n) { return _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask(n), p)); }
   static Bits load_upper(const uint16_t* p) { return upper(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Bits load_upper(const uint16_t* p, int n) { return upper(_mm256_maskz_loadu_epi16(mask(n), p)); }
-  static Bits load(const uint8_t* p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  static Bits load_noise(const uint16_t* p) {
+    const __m512i from = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    // Into the lower halves; what is to come behind them is at the top, and is turned there with them.
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+    return _mm512_rol_epi32(_mm512_mask_permutexvar_epi16(upper, 0x55555555, from, words), 3);
+  }
+  static void store_highest(Bits a, Bits b, Bits c, Bits d, uint8_t* p) {
+    // To each quarter of 128 bits four bytes of each of them.
+    const __m512i at = _mm512_set1_epi32(0x0f0b0703);
+    __m512i all = _mm512_shuffle_epi8(a.v, at);
+    all = _mm512_mask_shuffle_epi8(all, 0x00f000f000f000f0, b.v, at);
+    all = _mm512_mask_shuffle_epi8(all, 0x0f000f000f000f00, c.v, at);
+    all = _mm512_mask_shuffle_epi8(all, 0xf000f000f000f000, d.v, at);
+    const __m512i turned = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(turned, all));
   }
   void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
   void store(uint16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), lower()); }
-  void store(uint8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   void store_upper(uint16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), upper()); }
 
   friend Bits add(Bits a, Bits b) { return _mm512_add_epi32(a.v, b.v); }
@@ -117,6 +131,7 @@ struct Bits {
   }
   friend Bits min(Bits a, Bits b) { return _mm512_min_epu32(a.v, b.v); }
   friend Bits max(Bits a, Bits b) { return _mm512_max_epu32(a.v, b.v); }
+  friend Bits if_set(Bits mask, Bits yes, Bits no) { return _mm512_ternarylogic_epi32(mask.v, yes.v, no.v, 0xca); }
   friend uint32_t largest(Bits a) { return _mm512_reduce_max_epu32(a.v); }
   friend Bits if_same(Bits a, Bits b, Bits yes, Bits no) {
     return _mm512_mask_mov_epi32(no.v, _mm512_cmpeq_epi32_mask(a.v, b.v), yes.v);
@@ -146,7 +161,9 @@ struct F32 {
   using Scalar = float;
   using Doubles = F64;
   using Bits = avx512::Bits;
+  using Pair = Twice<F32>;
   static constexpr int kWidth = 16;
+  static constexpr bool kPrefersFma = true;
   __m512 v;
 
   F32() = default;
@@ -201,6 +218,18 @@ struct F32 {
   friend F32 max(F32 a, F32 b) { return _mm512_max_ps(a.v, b.v); }
   friend Bits if_ordered(F32 x, Bits yes, Bits no) {
     return _mm512_mask_mov_epi32(no.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), yes.v);
+  }
+
+  friend F32 max_unless_zero(F32 x, F32 a, F32 b) {
+    return _mm512_mask_max_ps(a.v, _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), a.v, b.v);
+  }
+  template <bool is_signed>
+  static void load_codes(const uint8_t* p, F32* a, F32* b) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    __m512i halves = _mm512_slli_epi16(is_signed ? _mm512_cvtepi8_epi16(codes) : _mm512_cvtepu8_epi16(codes), 6);
+    if (is_signed) halves = _mm512_and_si512(halves, _mm512_set1_epi16(static_cast<int16_t>(0x9fc0)));
+    *a = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    *b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
   }
 
   friend F32 add(F32 a, F32 b) { return _mm512_add_ps(a.v, b.v); }

@@ -4,6 +4,7 @@
 // defines Lane types inside its own namespace (CUDA uses scalar.h's) with:
 //
 //   typename Lane::Scalar, Lane::kWidth
+//   Lane::kPrefersFma                    two multiply-adds take less time than a division, or one than two operations
 //   Lane(Scalar)                         the same value in every element
 //   Lane::load(const T*), load(const T*, n)   n < kWidth: the rest is zero
 //   store(T*), store(T*, n)              one rounding, to nearest even, to the storage type T
@@ -22,6 +23,10 @@
 //   bits_of(x), float_of(Bits)           the same bits
 //   if_ordered(x, a, b)                  x is no NaN ? a : b, of Bits
 //   min(a, b), max(a, b)                 a < b ? a : b, a > b ? a : b
+//   max_unless_zero(x, a, b)             x == 0 ? a : max(a, b)
+//   Lane::Pair                           a lane of more elements (twice.h), where that is faster; it also has
+//   Pair::load_codes<is_signed>(const uint8_t*)   of 8 bits, as the float16s that they are when moved left by 6, their
+//                                        sign, if they have one, in its place
 //   Lane::rounded(x, S)                  as store() and load() of storage type S would leave it
 //
 // and Bits
@@ -34,6 +39,9 @@
 //   min(a, b), max(a, b)                 unsigned
 //   largest(a)                           of its elements
 //   if_same(a, b, x, y)                  a == b ? x : y
+//   if_set(a, x, y)                      bit by bit: a ? x : y
+//   Bits::load_noise(const uint16_t*)    moved left by three, behind them 100
+//   Bits::store_highest(a, b, c, d, uint8_t*)   the highest byte of each, of four one behind the other
 //   mul_wide(a, constant, &high, &low)   the product's halves
 //   store_in_turn(a, b, c, d, p)         a0 b0 c0 d0 a1 b1 ...
 //
@@ -48,6 +56,13 @@
 #define FUSEDOPT_HD __host__ __device__
 #else
 #define FUSEDOPT_HD
+#endif
+
+// What a call would cost more than it does: arguments in registers.
+#ifdef __CUDACC__
+#define FUSEDOPT_INLINE __forceinline__
+#else
+#define FUSEDOPT_INLINE __attribute__((always_inline)) inline
 #endif
 
 // A condition that is the same for many elements: what follows from it is moved out of, or into, the straight line.

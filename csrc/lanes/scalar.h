@@ -87,6 +87,15 @@ struct Bits {
   }
   FUSEDOPT_HD void store_upper(uint16_t* p) const { right<16>().store(p); }
 
+  FUSEDOPT_HD static Bits noise(Bits words) { return bit_or(words.template left<3>(), Bits(4)); }
+  FUSEDOPT_HD static Bits load_noise(const uint16_t* p) { return noise(load(p)); }
+  FUSEDOPT_HD static void store_highest(Bits a, Bits b, Bits c, Bits d, uint8_t* p) {
+    for (const Bits& x : {a, b, c, d}) {
+      x.template right<24>().store(p);
+      p += N;
+    }
+  }
+
   FUSEDOPT_HD friend Bits add(Bits a, Bits b) {
     return each([&](int k) { return a.v[k] + b.v[k]; });
   }
@@ -131,6 +140,9 @@ struct Bits {
   FUSEDOPT_HD friend Bits if_same(Bits a, Bits b, Bits yes, Bits no) {
     return each([&](int k) { return a.v[k] == b.v[k] ? yes.v[k] : no.v[k]; });
   }
+  FUSEDOPT_HD friend Bits if_set(Bits a, Bits yes, Bits no) {
+    return each([&](int k) { return (a.v[k] & yes.v[k]) | (~a.v[k] & no.v[k]); });
+  }
   FUSEDOPT_HD friend void mul_wide(Bits a, uint32_t constant, Bits* high, Bits* low) {
     for (int k = 0; k < N; ++k) {
       const uint64_t product = uint64_t{a.v[k]} * constant;
@@ -153,7 +165,13 @@ struct Lane {
   using Bits = portable::Bits<N>;
   using Scalar = T;
   using Doubles = Lane<double, N>;
+  using Pair = Lane;  // compilers do no better with more
   static constexpr int kWidth = N;
+#if defined(__FP_FAST_FMAF) && !defined(__CUDACC__)
+  static constexpr bool kPrefersFma = true;
+#else  // without an instruction it is slow, and a GPU waits for its memory
+  static constexpr bool kPrefersFma = false;
+#endif
   static constexpr T kSmallest = std::numeric_limits<T>::min();  // the smallest normal number
   T v[kWidth];
 
@@ -205,6 +223,9 @@ struct Lane {
   FUSEDOPT_HD friend Lane max(Lane a, Lane b) {
     return each([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
   }
+  FUSEDOPT_HD friend Lane max_unless_zero(Lane x, Lane a, Lane b) {
+    return each([&](int k) { return x.v[k] == 0 || a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
+  }
   FUSEDOPT_HD friend Bits if_ordered(Lane x, Bits yes, Bits no) {
     return Bits::each([&](int k) { return x.v[k] == x.v[k] ? yes.v[k] : no.v[k]; });
   }
@@ -212,6 +233,20 @@ struct Lane {
   template <class S>
   FUSEDOPT_HD static Lane load(const S* p) {
     return each([p](int k) { return load_one(p + k); });
+  }
+  template <bool is_signed>
+  FUSEDOPT_HD static Lane of_codes(Bits codes) {
+    return each([&](int k) {
+      const uint32_t field = is_signed ? codes.v[k] & 0x7f : codes.v[k];
+      // A subnormal one is less than what its bits would be as a normal one's: what lies above the smallest, twice.
+      const float normal = bits_to_float((field << 19) + (112u << 23)), other = sub_one(normal + normal, 0x1p-14f);
+      const float value = normal < other ? normal : other;
+      return bits_to_float(float_to_bits(value) | (is_signed ? codes.v[k] << 24 & 0x80000000u : 0u));
+    });
+  }
+  template <bool is_signed>
+  FUSEDOPT_HD static Lane load_codes(const uint8_t* p) {
+    return of_codes<is_signed>(Bits::load(p));
   }
   template <class S>
   FUSEDOPT_HD static Lane load(const S* p, int n) {

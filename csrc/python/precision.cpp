@@ -208,18 +208,18 @@ void encode_all(const Coded& coded, int k) {
     for (int64_t i = 0; i < count; ++i) largest = maximum(largest, abs(One(values[i])));
     const BlockScale found = block_scale<C>(largest.v[0]);
     *scale = found.scale;
-    for (int64_t i = 0; i < count; ++i)
-      codes[i] = found.inverse == 0
-                     ? 0
-                     : static_cast<uint8_t>(C::encode(One(values[i]), One(found.inverse), One::Bits(kHalf)).v[0]);
+    const One::Bits noise = One::Bits::noise(One::Bits(kHalf));
+    for (int64_t i = 0; i < count; ++i) {
+      const One::Bits code = C::encode(One(values[i]), One(found.inverse), noise);
+      codes[i] = found.inverse == 0 ? 0 : static_cast<uint8_t>(code.v[0] >> 24);
+    }
   });
 }
 
 template <class C>
 void decode_all(const Coded& coded, int k) {
   coded.each_block(k, [](float* values, const uint8_t* codes, int64_t count, const float* scale) {
-    const CodeScale<One> of_block = C::template scaled<One>(*scale);
-    for (int64_t i = 0; i < count; ++i) values[i] = C::decode(One::Bits(codes[i]), of_block).v[0];
+    for (int64_t i = 0; i < count; ++i) values[i] = C::template decode<One>(One::Bits(codes[i]), *scale).v[0];
   });
 }
 

@@ -75,7 +75,8 @@ struct Adagrad : Common {
 
   // grad: of a sparse gradient, the sum of its Common::value.
   template <int variant, class Lane>
-  FUSEDOPT_HD static inline Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad,
+                                                 Lane* states) {
     const Lane neg_lr(s.neg_lr), eps(s.eps);
     Lane& sum = states[kSum];
 

@@ -17,7 +17,7 @@ struct Adam : Moments {
 
   template <class T>
   struct Scalars : Moments::Scalars<T> {
-    T neg_step_size, bias_correction2_sqrt, eps;
+    T neg_step_size, eps;
   };
 
   // What a step count comes to, in double and in torch's order.
@@ -40,18 +40,18 @@ struct Adam : Moments {
   FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Corrections& at_step,
                                         const Context& context) {
     Scalars<T> s;
-    static_cast<Moments::Scalars<T>&>(s) = Moments::scalars<T>(options, lr, context);
+    static_cast<Moments::Scalars<T>&>(s) = Moments::scalars<T>(options, lr, at_step.bias_correction2_sqrt, context);
     s.neg_step_size = static_cast<T>(-(lr / at_step.bias_correction1));
-    s.bias_correction2_sqrt = static_cast<T>(at_step.bias_correction2_sqrt);
     s.eps = static_cast<T>(Common::eps(options.eps, static_cast<double>(lr)));
     return s;
   }
 
   // Returns what is added to the parameter at the end; that it may be rounded away is of interest to statistics.
   template <int variant, class Lane>
-  FUSEDOPT_HD static inline Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad,
+                                                 Lane* states) {
     const Lane second_moment = move<variant>(s, param, grad, states);
-    const Lane denom = add(div(sqrt(second_moment), Lane(s.bias_correction2_sqrt)), Lane(s.eps));
+    const Lane denom = add(corrected(s, sqrt(second_moment)), Lane(s.eps));
     const Lane change = div(mul(Lane(s.neg_step_size), states[kExpAvg]), denom);
     param = add(param, change);
     flush(s, states);

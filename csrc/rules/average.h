@@ -11,7 +11,8 @@ struct Average : Common {
   static constexpr int num_states(int) { return 1; }
 
   template <int variant, class Lane>
-  FUSEDOPT_HD static inline Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane, Lane* ema) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane,
+                                                 Lane* ema) {
     const Lane moved = average(s, *ema, param);
     *ema = param;
     if (!(s.flags & kAverageStarts)) *ema = moved;

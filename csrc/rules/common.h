@@ -73,7 +73,7 @@ struct Common {
   // A value as it was computed by backward, unscaled, clipped and in the direction to descend. Of a sparse gradient,
   // each of the values that add up.
   template <class Lane>
-  FUSEDOPT_HD static inline Lane value(const Scalars<typename Lane::Scalar>& s, Lane grad) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane value(const Scalars<typename Lane::Scalar>& s, Lane grad) {
     if (FUSEDOPT_RARELY(s.flags & kUnscale)) grad = mul(grad, Lane(s.inv_scale));
     if (FUSEDOPT_RARELY(s.flags & kClip)) grad = mul(grad, Lane(s.clip));
     if (FUSEDOPT_RARELY(s.flags & kMaximize)) grad = neg(grad);
@@ -82,7 +82,7 @@ struct Common {
 
   // The same, with L2 decay.
   template <class Lane>
-  FUSEDOPT_HD static inline Lane decayed(const Scalars<typename Lane::Scalar>& s, Lane grad, Lane param) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane decayed(const Scalars<typename Lane::Scalar>& s, Lane grad, Lane param) {
     grad = value(s, grad);
     if (FUSEDOPT_RARELY(s.flags & kL2Decay)) grad = fma(param, Lane(s.decay), grad);
     return grad;
@@ -90,7 +90,7 @@ struct Common {
 
   // The exponential moving average of the weights, moved towards a parameter that has been updated.
   template <class Lane>
-  FUSEDOPT_HD static inline Lane average(const Scalars<typename Lane::Scalar>& s, Lane ema, Lane param) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane average(const Scalars<typename Lane::Scalar>& s, Lane ema, Lane param) {
     const Lane difference = sub(param, ema);
     if (FUSEDOPT_RARELY(s.flags & kAverageFromParam)) ema = param;
     return fma(Lane(s.ema_weight), difference, ema);

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <type_traits>
 
 #include "common.h"
+#include "quotient.h"
 
 namespace fusedopt {
 
@@ -27,12 +29,14 @@ struct Moments : Common {
     kDecoupledDecay = Common::kFirstOfRule,  // param *= decay, which is then 1 - lr * weight_decay
     kLerpFromGrad = kDecoupledDecay * 2,     // 1 - beta1 >= 0.5: torch's lerp then starts from the other end
     kFlushSubnormals = kLerpFromGrad * 2,    // moments below the smallest normal number are stored as zero
-    kFirstOfRule = kFlushSubnormals * 2,
+    kHasReciprocal = kFlushSubnormals * 2,   // of bias_correction2_sqrt: nothing is divided by it
+    kFirstOfRule = kHasReciprocal * 2,
   };
 
   template <class T>
   struct Scalars : Common::Scalars<T> {
-    T lerp_weight, beta2, one_minus_beta2;
+    T lerp_weight, beta2, one_minus_beta2, bias_correction2_sqrt;
+    Reciprocal reciprocal;
   };
 
   // A parameter group's options, read once a step.
@@ -78,7 +82,8 @@ struct Moments : Common {
   // In double and in torch's order; each scalar is rounded once, here, to opmath T.
   // `Lr` is double, or a type that rounds every operation as torch does for an lr that is a tensor of some dtype.
   template <class T, class Lr>
-  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Context& context) {
+  FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, double bias_correction2_sqrt,
+                                        const Context& context) {
     const T one_minus_beta1 = static_cast<T>(1 - options.beta1);
     const bool decoupled = options.decoupled_weight_decay;
 
@@ -92,12 +97,28 @@ struct Moments : Common {
     s.one_minus_beta2 = static_cast<T>(1 - options.beta2);
     s.flags |= (decoupled && options.weight_decay != 0 ? kDecoupledDecay : 0u) | (from_grad ? kLerpFromGrad : 0u) |
                (options.eps < 1e-10 ? 0u : kFlushSubnormals);
+    s.bias_correction2_sqrt = static_cast<T>(bias_correction2_sqrt);
+    s.reciprocal = {};
+#ifndef __CUDACC__
+    if constexpr (std::is_same_v<T, float>) {
+      if (find_reciprocal(s.bias_correction2_sqrt, &s.reciprocal)) s.flags |= kHasReciprocal;
+    }
+#endif
     return s;
+  }
+
+  // sqrt(exp_avg_sq), or of its maximum, without the bias.
+  template <class Lane>
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane corrected(const Scalars<typename Lane::Scalar>& s, Lane root) {
+    if (Lane::kPrefersFma && FUSEDOPT_MOSTLY(s.flags & kHasReciprocal))
+      return fma(root, Lane(s.reciprocal.high), mul(root, Lane(s.reciprocal.low)));
+    return div(root, Lane(s.bias_correction2_sqrt));
   }
 
   // Decays the parameter and moves the averages. Returns what belongs under the root: exp_avg_sq or its maximum.
   template <int variant, class Lane>
-  FUSEDOPT_HD static inline Lane move(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane move(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad,
+                                               Lane* states) {
     Lane& exp_avg = states[kExpAvg];
     Lane& exp_avg_sq = states[kExpAvgSq];
 
@@ -118,7 +139,7 @@ struct Moments : Common {
 
   // When the parameter has been updated from them.
   template <class Lane>
-  FUSEDOPT_HD static inline void flush(const Scalars<typename Lane::Scalar>& s, Lane* states) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE void flush(const Scalars<typename Lane::Scalar>& s, Lane* states) {
     if (FUSEDOPT_MOSTLY(s.flags & kFlushSubnormals)) {
       states[kExpAvg] = flush_subnormal(states[kExpAvg]);
       states[kExpAvgSq] = flush_subnormal(states[kExpAvgSq]);

@@ -11,7 +11,7 @@ struct Pause : Common {
   static constexpr int num_states(int) { return 0; }
 
   template <int variant, class Lane>
-  FUSEDOPT_HD static inline Lane update(const Scalars<typename Lane::Scalar>&, Lane&, Lane, Lane*) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane update(const Scalars<typename Lane::Scalar>&, Lane&, Lane, Lane*) {
     return Lane(0);
   }
 };

@@ -29,7 +29,7 @@ struct RAdam : Moments {
 
   template <class T>
   struct Scalars : Moments::Scalars<T> {
-    T lr, bias_correction1, bias_correction2_sqrt, rect, eps;
+    T lr, bias_correction1, rect, eps;
   };
 
   struct Options : Moments::Options {
@@ -66,10 +66,9 @@ struct RAdam : Moments {
   FUSEDOPT_HD static Scalars<T> scalars(const Options& options, Lr lr, const Corrections& at_step,
                                         const Context& context) {
     Scalars<T> s;
-    static_cast<Moments::Scalars<T>&>(s) = Moments::scalars<T>(options, lr, context);
+    static_cast<Moments::Scalars<T>&>(s) = Moments::scalars<T>(options, lr, at_step.bias_correction2_sqrt, context);
     s.lr = static_cast<T>(lr);
     s.bias_correction1 = static_cast<T>(at_step.bias_correction1);
-    s.bias_correction2_sqrt = static_cast<T>(at_step.bias_correction2_sqrt);
     s.rect = static_cast<T>(at_step.rect);
     s.eps = static_cast<T>(Common::eps(options.eps, static_cast<double>(lr)));
     const bool rectified = at_step.rect != 0;
@@ -79,7 +78,8 @@ struct RAdam : Moments {
   }
 
   template <int variant, class Lane>
-  FUSEDOPT_HD static inline Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad, Lane* states) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane update(const Scalars<typename Lane::Scalar>& s, Lane& param, Lane grad,
+                                                 Lane* states) {
     const Lane second_moment = move<variant>(s, param, grad, states);
     Lane change = states[kExpAvg];
     if (s.flags & kCorrected) change = div(change, Lane(s.bias_correction1));
@@ -94,9 +94,9 @@ struct RAdam : Moments {
  private:
   // What Adam's step size has beyond lr: the bias correction over the root.
   template <class Lane>
-  FUSEDOPT_HD static inline Lane adaptive(const Scalars<typename Lane::Scalar>& s, Lane root) {
+  FUSEDOPT_HD static FUSEDOPT_INLINE Lane adaptive(const Scalars<typename Lane::Scalar>& s, Lane root) {
     const Lane one(1), correction(s.bias_correction2_sqrt), eps(s.eps);
-    if (s.flags & kEpsAfterCorrection) return div(one, add(div(root, correction), eps));
+    if (s.flags & kEpsAfterCorrection) return div(one, add(corrected(s, root), eps));
     return mul(div(one, add(root, eps)), correction);
   }
 };
