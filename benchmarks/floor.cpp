@@ -89,3 +89,8 @@ extern "C" void fusedopt_floor(uint32_t* const* streams, const int64_t* sizes, i
   for (int64_t t = 0; t < num_tensors; ++t) work.total += sizes[t];
   GOMP_parallel(Work::body, &work, static_cast<unsigned>(num_threads), 0);
 }
+
+// The arithmetic of Adam's formula as it stands, two divisions and a square root, of values that stay in the caches.
+extern "C" void fusedopt_arithmetic(float* values, int64_t count, float numerator, float divisor) {
+  for (int64_t i = 0; i < count; ++i) values[i] = numerator / (__builtin_sqrtf(values[i]) / divisor);
+}

@@ -226,18 +226,25 @@ def share_state(source: Optimizer, made: Optimizer) -> Optimizer:
 
 
 @functools.cache
-def compiled_floor() -> Callable[..., object]:
+def compiled_floor() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "floor.so"
         compile_library(Path(__file__).with_name("floor.cpp"), library)
-        return ctypes.CDLL(str(library)).fusedopt_floor
+        return ctypes.CDLL(str(library))
+
+
+def arithmetic(values: Tensor) -> None:
+    """Of each float32 a square root and two divisions, of what was checked to be ones: they stay so."""
+    assert values.dtype == torch.float32 and values.is_contiguous()
+    count, one = ctypes.c_int64(values.numel()), ctypes.c_float(1)
+    compiled_floor().fusedopt_arithmetic(ctypes.c_void_p(values.data_ptr()), count, one, one)
 
 
 class Floor:
     """benchmarks/floor.cpp on the streams of an optimizer's step; without an optimizer, on the gradients alone."""
 
     def __init__(self, params: list[Parameter], optimizer: Optimizer | None = None) -> None:
-        self._run = compiled_floor()
+        self._run = compiled_floor().fusedopt_floor
         streams: list[list[Tensor | None]] = [[param.grad] for param in params]
         if optimizer is not None:
             for row, param in zip(streams, params, strict=True):
@@ -352,7 +359,18 @@ def compile_library(source: Path, target: Path) -> None:
     """Build a shared library tuned for this machine, or raise Skipped."""
     error = "no compiler found"
     for compiler in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
-        command = [compiler, "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(target)]
+        command = [
+            compiler,
+            "-std=c++17",
+            "-O3",
+            "-march=native",
+            "-fno-math-errno",
+            "-shared",
+            "-fPIC",
+            str(source),
+            "-o",
+            str(target),
+        ]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
             return

@@ -8,12 +8,14 @@ A step of 64M elements is compared with the larger of two bounds, both measured 
 - traffic: the bytes that its streams have, read and written, at the rate of benchmarks/floor.cpp with the streams of
   float32 Adam. How many bytes is computed, not measured: a stream that a step reads counts once, one that it also
   writes twice.
-- arithmetic: float32 Adam, two divisions and a square root a lane, on data that stays in the caches. As many processes
-  as there are threads, all at once, make steps of a small parameter of their own, each in one thread. It is the CPU's
-  time, for what else runs on the machine hits short turns harder than long steps, and would flatter those; of three
-  sizes and all rounds the lowest. The calls are in it; nothing is subtracted.
+- arithmetic: two divisions and a square root an element, as Adam's formula has them, in the vectors that the compiler
+  takes for them, on data that stays in the caches (benchmarks/floor.cpp). As many processes as there are threads do it,
+  all at once. It is the CPU's time, for what else runs on the machine hits short turns harder than long steps, and
+  would flatter those; of three sizes and all rounds the lowest.
 
-"in cache" is the step's own arithmetic, conversions, draws and codes included, measured in the same way; not a bound.
+"in cache" is the step's own arithmetic, conversions, draws and codes included, of small parameters, measured in the
+same way, the calls too; not a bound. float32 Adam's can be below the bound: where a division has the same bits, it
+multiplies.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ from .harness import (
     Skipped,
     Spread,
     Target,
+    arithmetic,
     at_least,
     at_most,
     fastest,
@@ -250,14 +253,16 @@ class Workers:
     def __init__(self) -> None:
         context = get_context("spawn")
         self._ends: list[Any] = []
-        self._lowest: dict[tuple[Combination, int], float] = {}
+        self._lowest: dict[tuple[Combination | None, int], float] = {}
         for _ in range(torch.get_num_threads()):
             here, there = context.Pipe()
             context.Process(target=work, args=(there,), daemon=True).start()
             there.close()
             self._ends.append(here)
 
-    def steps(self, combination: Combination, size: int) -> Contender:
+    def steps(self, combination: Combination | None, size: int) -> Contender:
+        """Without a combination: the arithmetic that is the bound."""
+
         def run() -> None:
             for end in self._ends:
                 end.send((combination, size))
@@ -266,7 +271,7 @@ class Workers:
 
         return Contender(run)
 
-    def seconds(self, combination: Combination, size: int) -> float:
+    def seconds(self, combination: Combination | None, size: int) -> float:
         """Of CPU, for an element in each process, in the fastest turn."""
         return self._lowest[combination, size] / CACHED
 
@@ -284,16 +289,21 @@ def work(connection: Connection) -> None:
             combination, size = connection.recv()
         except EOFError:
             return
-        optimizer = make(combination, size)
+        run = make(combination, size)
         start = time.process_time()
         for _ in range(CACHED // size):
-            optimizer.step()
+            run()
         connection.send(time.process_time() - start)
 
 
-def make_cached(combination: Combination, size: int) -> Optimizer:
+def make_cached(combination: Combination | None, size: int) -> Callable[[], object]:
     shapes = [(size // 4096, 4096)]
-    return combination.make(values(shapes, 0), [grad.to(combination.grads) for grad in values(shapes, 1)])
+    if combination:
+        return combination.make(values(shapes, 0), [grad.to(combination.grads) for grad in values(shapes, 1)]).step
+    ones = torch.ones(size)
+    arithmetic(ones)
+    assert bool((ones == 1).all())
+    return lambda: arithmetic(ones)
 
 
 # --- the benchmark -------------------------------------------------------------------------------------------------
@@ -344,7 +354,7 @@ def compare(
     """Some combinations by turns with float32 Adam and both bounds; `rates` gets what the bounds are of."""
     numel = sum(weight.numel() for weight in weights)
     of_dtype = {torch.float32: grads}
-    cached = {f"{ARITHMETIC} {size}": workers.steps(BASE, size) for size in CACHED_SIZES}
+    cached = {f"{ARITHMETIC} {size}": workers.steps(None, size) for size in CACHED_SIZES}
     contenders = {BASE.name: Contender(base.step), **floors}
     stored = {BASE.name: assert_stored(BASE, base)}
     for combination in batch:
@@ -359,7 +369,7 @@ def compare(
             cached[f"{name} in cache"] = workers.steps(combination, CACHED_SIZES[1])
     samples = interleave(contenders | cached, rounds=5 if quick else 15)
     each = numel / torch.get_num_threads()
-    lowest = min(workers.seconds(BASE, size) for size in CACHED_SIZES) * each
+    lowest = min(workers.seconds(None, size) for size in CACHED_SIZES) * each
     samples[ARITHMETIC] = dict.fromkeys(samples[BASE.name], lowest)
     rates["ns"].append(lowest / numel * 1e9)
     if floors:

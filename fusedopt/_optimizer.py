@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # torch.compiler.disable, that imports torch._dynamo at the first call only
 from torch.optim import Optimizer
 
 from . import _precision as precision
 from . import _sharding as sharding
 from ._config import _C
+from ._dynamo import beneath, not_compiled
 
 
 def _counts_on_device(group: dict[str, Any]) -> bool:
@@ -132,7 +132,11 @@ class FusedOptimizer(Optimizer):
         """Add a group, as torch does."""
         if isinstance(param_group, dict):
             param_group.update(precision.portable_options(param_group))
-        super().add_param_group(param_group)
+        beneath(super().add_param_group)(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch does: let the gradients go, or set them to zero."""
+        beneath(super().zero_grad)(set_to_none)
 
     # GradScaler hands its scale and its verdict to the step (`grad_scale`, `found_inf`) instead of unscaling first.
     # Torch's own path, taken when differentiable, cannot honour them; nor can a step that counts on the CPU know a
@@ -165,7 +169,7 @@ class FusedOptimizer(Optimizer):
     def _any_differentiable(self) -> bool:
         return any(group["differentiable"] for group in self.param_groups)
 
-    @_disable_dynamo  # torch.compile leaves its graph here; it would look at all parameters before every step
+    @not_compiled  # torch.compile leaves its graph here; it would look at all parameters before every step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient, in one native call.
 

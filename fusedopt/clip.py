@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from . import _sharding as sharding
 from ._config import _C
+from ._dynamo import not_compiled
 
 _clipper = _C.Clipper()
 
@@ -18,7 +18,7 @@ def _buffer(size: int, device: str) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=device)
 
 
-@_disable_dynamo  # as of step()
+@not_compiled  # as of step()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,

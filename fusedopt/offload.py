@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _precision as precision
+from ._dynamo import not_compiled
 from ._optimizer import FusedOptimizer
 
 _ALIGNMENT = 64  # bytes: a tensor begins on a cache line of its own
@@ -159,7 +159,7 @@ class _Bucket:
             entry.note()
 
 
-@_disable_dynamo
+@not_compiled
 def _fetch(bucket_of: weakref.ref[_Bucket], entry_of: weakref.ref[_Entry], param: Tensor) -> None:
     """What backward calls; the parameter, which has it, keeps no optimizer alive."""
     bucket, entry, grad = bucket_of(), entry_of(), param.grad
@@ -366,7 +366,7 @@ class CPUOffload(Optimizer):
 
     # --- the step
 
-    @_disable_dynamo
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient. The host waits for these; the current stream for the weights.

@@ -272,8 +272,19 @@ def test_step_in_compiled_autograd_is_refused(compiled_autograd: None) -> None:
         compiled(torch.ones(4, 8))
 
 
-def test_importing_does_not_import_dynamo() -> None:
-    """That takes as long as torch itself; optimizers' constructors do it, torch's own."""
-    program = "import sys, fusedopt; print('torch._dynamo' in sys.modules)"
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam", "Adagrad"])
+def test_training_does_not_import_dynamo(name: str) -> None:
+    """That takes a second, as making any of torch's own optimizers does."""
+    program = f"""
+import sys, torch, fusedopt
+model = torch.nn.Linear(3, 3)
+optimizer = fusedopt.{name}(model.parameters(), max_grad_norm=1.0)
+for _ in range(2):
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+optimizer.add_param_group({{"params": [torch.nn.Parameter(torch.ones(3))]}})
+print('torch._dynamo' in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout == "False\n"
