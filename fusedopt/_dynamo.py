@@ -29,7 +29,7 @@ _TORCHS_WRAPPER = _disable_dynamo(len).__code__  # type: ignore[attr-defined]  #
 
 def beneath(method: Any) -> Any:
     """A method of torch's, without the wrapper that would import torch._dynamo at the first call."""
-    function = getattr(method, "__func__", None)
+    function: Any = getattr(method, "__func__", None)
     if "torch._dynamo" in sys.modules or getattr(function, "__code__", None) is not _TORCHS_WRAPPER:
         return method
     return functools.partial(function.__wrapped__, method.__self__)
