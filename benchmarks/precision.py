@@ -1,7 +1,6 @@
 """Adam with parameters and state in fewer bits: what it stores, what it moves, and what a step takes.
 
     python -m benchmarks.cpu --only precision --json precision.json
-    python -m benchmarks.precision precision.json   # the README's table of that
 
 A step of 64M elements is compared with the larger of two bounds, both measured in the same run:
 
@@ -20,8 +19,6 @@ multiplies.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 import time
@@ -30,7 +27,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -430,14 +426,3 @@ def markdown(medians: Mapping[str, float]) -> str:
         stored, moved = (f"{value:.4g}" for value in (medians[f"{name}: bytes"], combination.moved))
         lines.append(f"| {param} | {way} | {state} | {stored} | {moved} | {time:.2f} | {combination.use} |")
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description="The README's table.")
-    parser.add_argument("results", type=Path, help="what `python -m benchmarks.cpu --json` has written")
-    rows = json.loads(parser.parse_args().results.read_text())["rows"]
-    print(markdown({row["name"]: row["value"]["median"] for row in rows if row["value"]}))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Turn what was measured into the README's table, docs/benchmarks.md's tables and their charts.
+"""Turn what was measured into the README's tables, docs/benchmarks.md's tables and their charts.
 
     python -m benchmarks.report          # of the results that the README is of now; --help: of others
     python -m benchmarks.report --check  # only whether the documents say what the results do
@@ -17,8 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
+from . import precision
 from .harness import FOREACH, FUSED, LOOP, OURS, ROOT, show_time
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -119,6 +121,11 @@ def readme_table(rows: Sequence[Row]) -> str:
         times = [show_time(spread_of(row, who)["median"]) for who in (ours, other)]
         lines.append([words, times[0], floor, f"{other}: {times[1]}", show_ratio(value)])
     return table(["float32 unless said", OURS, "of the traffic floor", "torch", "faster by"], lines)
+
+
+def medians_of(rows: Sequence[Row]) -> dict[str, float]:
+    """Those of low precision, by their rows' names."""
+    return {row["name"]: row["value"]["median"] for row in rows if row["benchmark"] == "precision" and row["value"]}
 
 
 def floor_of(rows: Sequence[Row], row: Row) -> str:
@@ -253,13 +260,39 @@ def machine_words(facts: dict[str, Any]) -> str:
     )
 
 
+def draw_precision(rows: Sequence[Row], facts: dict[str, Any]) -> Figure:
+    """Each combination of low precision as a point: bytes against time."""
+    medians = medians_of(rows)
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    axes = figure.subplots()
+    for combination in precision.COMBINATIONS:
+        name = combination.name
+        if f"{name}: bytes" not in medians or combination.param == torch.float16:  # as bfloat16, near enough
+            continue
+        x, y = medians[f"{name}: bytes"], 1 / medians.get(f"{name}: faster than f32", 1.0)
+        color = COLORS[OURS] if combination.kind == OURS else COLORS[FUSED]
+        axes.plot(x, y, "o", color=color, markersize=8)
+        axes.annotate(name, (x, y), xytext=(7, -3), textcoords="offset points", fontsize=9, color=color)
+    axes.axhline(1, color="#8d99ae", linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(5, 18.5)
+    axes.set_xlabel("bytes a parameter element: weights, gradients and state (measured)")
+    axes.set_ylabel("time of a step of Adam, 64M elements, over that in float32")
+    axes.grid(alpha=0.3)
+    axes.set_title(
+        f"Low precision: further left is smaller, further down is faster\n{machine_words(facts)}", fontsize=11
+    )
+    return figure
+
+
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
 def documents(rows: Sequence[Row], rivals: dict[str, Any]) -> Iterator[tuple[Path, str]]:
     """Each document, as it should be."""
     readme = ROOT / "README.md"
-    yield readme, replace_between(readme.read_text(), "numbers", readme_table(rows))
+    text = replace_between(readme.read_text(), "numbers", readme_table(rows))
+    yield readme, replace_between(text, "low precision", precision.markdown(medians_of(rows)))
     page = DOCS / "benchmarks.md"
     text = replace_between(page.read_text(), "all rows", full_table(rows))
     text = replace_between(text, "rivals", rivals_table(rivals))
@@ -286,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stale)
     draw_growth(rows, facts).savefig(DOCS / "benchmarks-growth.png", dpi=110)
     draw_ratios(rows, rivals, facts).savefig(DOCS / "benchmarks-ratios.png", dpi=110)
+    draw_precision(rows, facts).savefig(DOCS / "benchmarks-precision.png", dpi=110)
     return 0
 
 

@@ -1242,6 +1242,22 @@ CONVERTED = ["", "master", "split", "stochastic-int8", "kahan", "nearest-state16
 CONVERTED = [f"bfloat16-{name}" if name else "bfloat16" for name in CONVERTED]
 
 
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("bits, is_nan", [(118.9, False), (119.1, True)], ids=str)
+def test_a_magnitude_too_large_for_codes(bits: float, is_nan: bool) -> None:
+    """Of 2 ** 119 and more in exp_avg: its block is nan, and no other. (exp_avg_sq is infinite then, and nan, too.)"""
+    param = Parameter(torch.zeros(2, 256))
+    param.grad = torch.ones(2, 256)
+    param.grad[1, 3] = 2.0 ** (bits + 1)
+    optimizer = fusedopt.Adam([param], betas=(0.5, 0.999), state_dtype="int8")
+    optimizer.step()
+    nan = optimizer.state[param]["scales"].isnan()
+    assert nan.tolist() == [[[False, False], [False, False]], [[is_nan, True], [False, False]]]
+    moment = optimizer.state_dict(portable=True)["state"][0]["exp_avg"]
+    assert bool(moment[1, :128].isnan().all()) == is_nan and not moment[0].isnan().any()
+    assert is_nan or float(moment[1, 3]) == pytest.approx(2.0**bits, rel=1e-6)
+
+
 def case_called(name: str) -> Case:
     return FORM_BY_ID[name] if name in FORM_BY_ID else next(case for case in PLAIN if case.id == name)
 
