@@ -19,7 +19,7 @@ namespace fusedopt {
 // The smallest unit: large enough that taking one costs nothing beside it.
 static int64_t chunk = 16384;
 // With less than this many of them for each, waking a thread takes longer than it saves.
-static constexpr int64_t kUnitsPerThread = 4;
+static constexpr int64_t kUnitsPerThread = 2;
 // A thread that stays in one place for longer is up to a fifth faster where memory is; so units grow with the step, to
 // this many of the smallest, as long as there are enough of them to share out evenly.
 static constexpr int64_t kLargestUnit = 16;
