@@ -2,6 +2,7 @@
 
     python -m benchmarks.report          # of the results that the README is of now; --help: of others
     python -m benchmarks.report --check  # only whether the documents say what the results do
+    python -m benchmarks.report --compare A.json B.json  # do two runs agree within their quartiles?
 
 Nothing is chosen by outcome: the README's rows are those of STORY whoever wins, docs/benchmarks.md has all. Where
 another is faster than fusedopt, by more than the quartiles, the row says so.
@@ -299,12 +300,32 @@ def documents(rows: Sequence[Row], rivals: dict[str, Any]) -> Iterator[tuple[Pat
     yield page, replace_between(text, "answers", wrong_table(rivals))
 
 
+def compare(first: Sequence[Row], second: Sequence[Row]) -> Iterator[str]:
+    """The ratios of two runs whose quartiles do not overlap, and how many there are."""
+    compared = apart = 0
+    for row in first:
+        other = find(second, row["benchmark"], row["name"])
+        if row["unit"] != "x" or row["value"] is None or other is None or other["value"] is None:
+            continue  # seconds are of that day's machine
+        a, b = row["value"], other["value"]
+        compared += 1
+        if a["low"] > b["high"] or b["low"] > a["high"]:
+            apart += 1
+            ranges = " and ".join(f"{each['low']:.3g} .. {each['high']:.3g}" for each in (a, b))
+            yield f"{row['benchmark']:<10} {row['name']:<50} {ranges} (medians {b['median'] / a['median'] - 1:+.0%})"
+    yield f"{apart} of {compared} ratios lie apart"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cpu", nargs="+", type=Path, default=CPU, help="of `make bench`, the main one first")
     parser.add_argument("--rivals", type=Path, default=RESULTS / "rivals-intel-xeon.json", help="of `make rivals`")
     parser.add_argument("--check", action="store_true", help="write nothing: fail where a document is not up to date")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="RESULTS", help="print where two runs disagree")
     args = parser.parse_args(argv)
+    if args.compare:
+        print("\n".join(compare(*(json.loads(path.read_text())["rows"] for path in args.compare))))
+        return 0
     facts, *more = (json.loads(path.read_text()) for path in args.cpu)
     rows = facts["rows"] + [row for each in more for row in each["rows"]]
     rivals = json.loads(args.rivals.read_text())["rivals"]
