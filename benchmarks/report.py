@@ -266,14 +266,18 @@ def draw_precision(rows: Sequence[Row], facts: dict[str, Any]) -> Figure:
     medians = medians_of(rows)
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots()
+    points = []
     for combination in precision.COMBINATIONS:
         name = combination.name
-        if f"{name}: bytes" not in medians or combination.param == torch.float16:  # as bfloat16, near enough
-            continue
-        x, y = medians[f"{name}: bytes"], 1 / medians.get(f"{name}: faster than f32", 1.0)
-        color = COLORS[OURS] if combination.kind == OURS else COLORS[FUSED]
+        if f"{name}: bytes" in medians and combination.param != torch.float16:  # as bfloat16, near enough
+            x, y = medians[f"{name}: bytes"], 1 / medians.get(f"{name}: faster than f32", 1.0)
+            points.append((round(x), y, x, name, COLORS[OURS if combination.kind == OURS else FUSED]))
+    column, free = None, 0.0
+    for rounded, y, x, name, color in sorted(points):  # no words over others
+        free = y if rounded != column else max(y, free + 0.035)
+        column = rounded
         axes.plot(x, y, "o", color=color, markersize=8)
-        axes.annotate(name, (x, y), xytext=(7, -3), textcoords="offset points", fontsize=9, color=color)
+        axes.annotate(name, (x, free), xytext=(8, -3), textcoords="offset points", fontsize=9, color=color)
     axes.axhline(1, color="#8d99ae", linewidth=1)
     axes.set_ylim(bottom=0)
     axes.set_xlim(5, 18.5)
