@@ -219,8 +219,8 @@ struct Code {
 using SignedCode = Code<true>;
 using UnsignedCode = Code<false>;
 
-// A block's scale, of its largest magnitude, and the inverse. 0 of a magnitude too small to have one whose products
-// with codes are exact, NaN of one too large, or not finite: then the inverse is 0, and all codes must be.
+// A block's scale, of its largest magnitude, and what its values are multiplied by. 0 of one too small, NaN of one too
+// large, or not finite: then the inverse is 0, and all codes must be.
 struct BlockScale {
   float scale, inverse;
 };

@@ -1258,6 +1258,26 @@ def test_a_magnitude_too_large_for_codes(bits: float, is_nan: bool) -> None:
     assert is_nan or float(moment[1, 3]) == pytest.approx(2.0**bits, rel=1e-6)
 
 
+def test_codes_are_converted_in_the_default_modes() -> None:
+    """Where the caller lets subnormals be zero, checkpoints have the same bits."""
+    param = Parameter(torch.zeros(2, 256))
+    param.grad = torch.full((2, 256), 6.5e-16)
+    param.grad[:, ::2] = 3.45e-18  # whose squares, rounded up or down, are subnormal or not
+    optimizer = fusedopt.Adam([param], state_dtype="int8")
+    optimizer.step()
+    wanted = optimizer.state_dict(portable=True)["state"][0]["exp_avg_sq"]
+    assert bool(((wanted > 0) & (wanted < torch.finfo(torch.float32).tiny)).any())
+    other = fusedopt.Adam([Parameter(torch.zeros(2, 256))], state_dtype="int8")
+    assert torch.set_flush_denormal(True)
+    try:
+        found = optimizer.state_dict(portable=True)["state"][0]["exp_avg_sq"]
+        other.load_state_dict(optimizer.state_dict(portable=True), convert=True)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(found, wanted)
+    assert bool((next(iter(other.state.values()))["exp_avg_sq"] > 0).all())
+
+
 def case_called(name: str) -> Case:
     return FORM_BY_ID[name] if name in FORM_BY_ID else next(case for case in PLAIN if case.id == name)
 

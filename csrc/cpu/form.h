@@ -60,7 +60,7 @@ struct FormRun {
   Seen* seen;  // null if they are not wanted
 };
 
-// Makes draws, of a lane's counters at once: in 8 steps, beside every other of the 16 lanes that use as many. Their
+// Makes draws, of a lane's counters at once: in 8 steps, two beside every four of the 16 lanes that use as many. Their
 // divisions leave the time for it.
 template <class Bits>
 class Drawer {

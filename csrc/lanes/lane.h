@@ -32,7 +32,7 @@
 // and Bits
 //
 //   Bits(uint32_t), Bits::count_from(first)   first, first + 1, ...
-//   Bits::load(const I*), load(p, n), store(I*)   of integers of 8, 16 or 32 bits; stored: the low ones
+//   Bits::load(const I*), load(p, n), store(I*)   of integers of 16 or 32 bits; stored: the low ones
 //   Bits::load_upper(const uint16_t*), load_upper(p, n), store_upper(uint16_t*)   of the upper halves
 //   add sub bit_and bit_or bit_xor, x.left<k>() x.right<k>()   modulo 2^32, shifts by k
 //   x.next_words<k>()                    words of 16 bits: in each 8 of them, the one k further on, cyclically

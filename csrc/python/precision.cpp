@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../codecs.h"
+#include "../cpu/float_mode.h"
 
 namespace fusedopt {
 
@@ -227,11 +228,13 @@ void decode_all(const Coded& coded, int k) {
 
 void encode_state(py::handle values, bool is_signed, int k, py::handle codes, py::handle scales) {
   const Coded coded(values, codes, scales, k);
+  const FloatMode mode;
   is_signed ? encode_all<SignedCode>(coded, k) : encode_all<UnsignedCode>(coded, k);
 }
 
 void decode_state(py::handle codes, bool is_signed, int k, py::handle scales, py::handle values) {
   const Coded coded(values, codes, scales, k);
+  const FloatMode mode;
   is_signed ? decode_all<SignedCode>(coded, k) : decode_all<UnsignedCode>(coded, k);
 }
 

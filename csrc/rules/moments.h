@@ -29,7 +29,7 @@ struct Moments : Common {
     kDecoupledDecay = Common::kFirstOfRule,  // param *= decay, which is then 1 - lr * weight_decay
     kLerpFromGrad = kDecoupledDecay * 2,     // 1 - beta1 >= 0.5: torch's lerp then starts from the other end
     kFlushSubnormals = kLerpFromGrad * 2,    // moments below the smallest normal number are stored as zero
-    kHasReciprocal = kFlushSubnormals * 2,   // of bias_correction2_sqrt: nothing is divided by it
+    kHasReciprocal = kFlushSubnormals * 2,   // of bias_correction2_sqrt, for who multiplies faster
     kFirstOfRule = kHasReciprocal * 2,
   };
 
