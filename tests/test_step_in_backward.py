@@ -709,6 +709,7 @@ def test_a_weight_in_two_checkpoints(use_reentrant: bool) -> None:
 LAYERS, WIDTH = 48, 1024  # 50M parameters, in pieces that malloc takes from the system and gives back one by one
 _PROGRAM = f"""
 import sys, torch, fusedopt
+import torch._dynamo  # the hooks of step_in_backward do: it is no gradient's memory
 torch.set_num_threads(1)
 model = torch.nn.Sequential(*[torch.nn.Linear({WIDTH}, {WIDTH}, bias=False) for _ in range({LAYERS})])
 released = sys.argv[1] == "released"
