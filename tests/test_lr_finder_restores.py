@@ -490,6 +490,7 @@ def test_all_is_put_back_whatever_comes() -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return model(batch).square().mean()
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
     snapshot = _put_back.Snapshot(None)
     impatient = Impatient()
     snapshot._undo.append(lambda: setattr(impatient, "state", 1))  # the first of all
