@@ -234,7 +234,7 @@ def compiled_floor() -> ctypes.CDLL:
 
 
 def arithmetic(values: Tensor) -> None:
-    """Of each float32 a square root and two divisions, of what was checked to be ones: they stay so."""
+    """A square root and two divisions of each float32, in place: ones stay ones."""
     assert values.dtype == torch.float32 and values.is_contiguous()
     count, one = ctypes.c_int64(values.numel()), ctypes.c_float(1)
     compiled_floor().fusedopt_arithmetic(ctypes.c_void_p(values.data_ptr()), count, one, one)

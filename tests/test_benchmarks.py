@@ -58,3 +58,18 @@ def test_documents_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> 
     from benchmarks import report  # beside rivals, which is imported
 
     assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_runs_that_disagree_are_named() -> None:
+    require("matplotlib")
+    from benchmarks import report
+
+    def row(name: str, low: float, high: float, unit: str = "x") -> report.Row:
+        value = {"median": (low + high) / 2, "low": low, "high": high}
+        return {"benchmark": "host", "name": name, "unit": unit, "value": value}
+
+    first = [row("same", 1, 2), row("apart", 1, 2), row("seconds", 1, 2, "us"), row("alone", 1, 2)]
+    second = [row("same", 2, 3), row("apart", 2.1, 3), row("seconds", 5, 6, "us")]
+    *named, count = report.compare(first, second)
+    assert len(named) == 1 and "apart" in named[0] and count == "1 of 2 ratios lie apart"
+    assert len(list(report.compare(second, first))) == 2

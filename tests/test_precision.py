@@ -1255,7 +1255,8 @@ def test_a_magnitude_too_large_for_codes(bits: float, is_nan: bool) -> None:
     assert nan.tolist() == [[[False, False], [False, False]], [[is_nan, True], [False, False]]]
     moment = optimizer.state_dict(portable=True)["state"][0]["exp_avg"]
     assert bool(moment[1, :128].isnan().all()) == is_nan and not moment[0].isnan().any()
-    assert is_nan or float(moment[1, 3]) == pytest.approx(2.0**bits, rel=1e-6)
+    # The scale is rounded, and its product with the largest code: 2 ** -23 in all.
+    assert is_nan or float(moment[1, 3]) == pytest.approx(2.0**bits, rel=2**-23)
 
 
 def test_codes_are_converted_in_the_default_modes() -> None:

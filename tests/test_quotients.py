@@ -11,8 +11,7 @@ from torch.nn import Parameter
 import fusedopt
 
 BETA2S = (0.95, 0.999, 0.9999, 1 - 2.0**-30)
-# Most divisors have a reciprocal that is right for all; these, for some of the step counts, have not, and are divided
-# by.
+# Most divisors have a reciprocal that is right for all; five of these have not, and are divided by.
 STEPS = (1, 2, 3, 9, 25, 1000)
 WORST, EACH = 64, 8
 
@@ -76,9 +75,9 @@ def test_quotients_of_zero_and_infinity(beta2: float) -> None:
     """0 / 0 is nan, x / inf is 0, and nan remains: with a reciprocal that is exact (0.5 ** 60 is lost in 1) or not."""
     param = Parameter(torch.ones(5))
     optimizer = fusedopt.Adam([param], lr=1e-3, betas=(0.9, beta2), eps=0)
-    squares = torch.tensor([0.0, torch.inf, torch.nan, 2.0**-148, 3e38])
+    averages = torch.tensor([0.0, torch.inf, torch.nan, 2.0**-148, 3e38])
     moments = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
-    optimizer.state[param] = {"step": torch.tensor(59.0), "exp_avg": moments, "exp_avg_sq": squares}
+    optimizer.state[param] = {"step": torch.tensor(59.0), "exp_avg": moments, "exp_avg_sq": averages}
     param.grad = torch.zeros(5)
     optimizer.step()
     assert param[0].isnan() and param[2].isnan()
