@@ -3,46 +3,80 @@
 Every benchmark first checks, on a small case of the same pattern, that the steps it is about to time are right: bit
 for bit those of the tests' reference. If they are not, its rows are refused. All contenders of a benchmark share one
 set of parameters, gradients and moments, and take turns (harness.interleave).
+
+Each benchmark runs in more than one process, minutes apart: what the machine's neighbours do for some seconds, or where
+the heap happens to lie, moves all of a process's rounds alike, and would not be seen in their spread.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
-from . import harness, install, phase, precision, scaling, sharded, sparse, step, training
+from . import harness
 from .harness import Quick, Row, Skipped
 
-MODULES = (step, scaling, sparse, phase, precision, sharded, training, install)
+# Which module has which benchmarks. Those of one line share a process; the smallest tensors come last there, because
+# what they leave of the heap would slow others by a tenth.
+LINES = (
+    ("step", ("step64m", "avx2", "zeros", "dtypes")),
+    ("step", ("radam", "adagrad")),
+    ("step", ("host", "small1000", "small10")),
+    ("scaling", ("elements", "threads", "tensors")),
+    ("sparse", ("sparse",)),
+    ("phase", ("phase", "phase-amp", "clip-norm", "phase-many")),
+    ("precision", ("precision",)),
+    ("sharded", ("dtensors",)),
+    ("training", ("gpt",)),
+    ("training", ("memory",)),
+    ("install", ("start",)),
+    ("install", ("build",)),
+)
+NAMES = [name for _, names in LINES for name in names]
 LONG = ("build",)  # minutes: with --only
 QUICK = ("step64m", "small10", "host", "radam", "elements", "tensors", "phase", "gpt")
-BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {}
-for module in MODULES:
-    BENCHMARKS |= module.BENCHMARKS
+TIMES = 2  # that all is measured
+ONCE = ("start", "memory", "build")  # these start processes of their own
 
 
-def run(name: str, quick: Quick) -> list[Row]:
-    """Run one benchmark, printing its rows as they come."""
-    rows: list[Row] = []
-    try:
-        for row in BENCHMARKS[name](quick):
-            rows.append(row)
-            harness.print_rows(name, [row])
-    except (Skipped, AssertionError) as reason:
-        kind = "skipped" if isinstance(reason, Skipped) else "REFUSED, wrong result"
-        rows.append(Row("", note=f"{kind}: {reason}"))
-        harness.print_rows(name, rows[-1:])
-    return rows
+def run(module: str, names: Sequence[str], quick: Quick) -> dict[str, tuple[float, list[Row]]]:
+    """How long each benchmark took, and its rows; where a result is wrong, that is its only row."""
+    benchmarks: dict[str, Callable[[Quick], Iterator[Row]]] = import_module(f"benchmarks.{module}").BENCHMARKS
+    found: dict[str, tuple[float, list[Row]]] = {}
+    for name in names:
+        rows: list[Row] = []
+        start = time.monotonic()
+        try:
+            rows += benchmarks[name](quick)
+        except Skipped as reason:
+            rows.append(Row("", note=f"skipped: {reason}"))
+        except AssertionError as reason:
+            rows = [Row("", note=f"REFUSED, wrong result: {reason}")]
+        found[name] = time.monotonic() - start, rows
+    return found
+
+
+def merge(found: Sequence[Sequence[Row]]) -> list[Row]:
+    """A benchmark's rows in some processes as one list; refused once, it is refused."""
+    for rows in found:
+        if any(row.note.startswith("REFUSED") for row in rows):
+            return list(rows)
+    named: dict[str, list[Row]] = {}
+    for rows in found:
+        for row in rows:
+            named.setdefault(row.name, []).append(row)
+    return [Row.over(rows) for rows in named.values()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a minute and a half: fewer benchmarks and repeats")
-    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="this benchmark (may be repeated)")
+    parser.add_argument("--quick", action="store_true", help="a minute and a half: fewer benchmarks, measured once")
+    parser.add_argument("--only", action="append", choices=NAMES, help="this benchmark (may be repeated)")
     parser.add_argument("--json", type=Path, help="where to write the results (default: results/, a full run only)")
     args = parser.parse_args()
 
@@ -51,24 +85,36 @@ def main() -> None:
     print(f"torch {facts['torch']}, fusedopt {facts['fusedopt']} ({facts['compiler']})\n")
     harness.print_header()
     company, begin = harness.Company(), time.monotonic()
+    wanted = args.only or (QUICK if args.quick else [name for name in NAMES if name not in LONG])
+    found: dict[str, list[list[Row]]] = {name: [] for name in wanted}
+    took = dict.fromkeys(wanted, 0.0)
     results: dict[str, list[Row]] = {}
-    took: dict[str, float] = {}
-    for name in args.only or (QUICK if args.quick else [name for name in BENCHMARKS if name not in LONG]):
-        start = time.monotonic()
-        # In a process of its own: the heap that earlier benchmarks scattered would slow later ones by a tenth.
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            results[name] = process.submit(run, name, args.quick).result()
-        took[name] = round(time.monotonic() - start, 1)
+    last = 1 if args.quick else TIMES
+    for time_ in range(1, last + 1):
+        for module, line in LINES:
+            names = [name for name in line if name in wanted and (time_ == last or name not in ONCE)]
+            if not names:
+                continue
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                for name, (seconds, rows) in process.submit(run, module, names, args.quick).result().items():
+                    found[name].append(rows)
+                    took[name] += seconds
+            for name in names if time_ == last else ():
+                results[name] = merge(found[name])
+                harness.print_rows(name, results[name])
+        if time_ < last:
+            print(f"{'':10} {time_} of {last} times, after {time.monotonic() - begin:.0f} s", flush=True)
 
     facts |= {
+        "times": last,
         "seconds": round(time.monotonic() - begin),
-        "seconds_by_benchmark": took,
+        "seconds_by_benchmark": {name: round(value, 1) for name, value in took.items()},
         "used_by_others": round(company.share(), 3),
     }
     verdicts = [row.verdict for rows in results.values() for row in rows]
     print(f"\n{verdicts.count('meets')} targets met, {verdicts.count('MISSES')} missed; {facts['seconds']} s, ", end="")
     print(f"{facts['used_by_others']:.0%} of the machine used by others meanwhile")
-    print("seconds: " + ", ".join(f"{name} {value:g}" for name, value in took.items()))
+    print("seconds: " + ", ".join(f"{name} {value:g}" for name, value in facts["seconds_by_benchmark"].items()))
     path = args.json or (None if args.quick or args.only else harness.default_path())
     if path:
         harness.write_json(path, facts, results)

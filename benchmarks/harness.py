@@ -40,7 +40,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and its quartiles."""
+    """A median, and the first and the last decile; of several processes those that lie furthest apart."""
 
     median: float
     low: float
@@ -50,8 +50,13 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         if len(values) < 2:
             return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
+        deciles = statistics.quantiles(values, n=10, method="inclusive")
+        return cls(deciles[4], deciles[0], deciles[8])
+
+    @classmethod
+    def over(cls, spreads: Sequence[Spread]) -> Spread:
+        medians, lows, highs = ([getattr(each, part) for each in spreads] for part in ("median", "low", "high"))
+        return cls(statistics.median(medians), min(lows), max(highs))
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,15 @@ class Row:
         if self.value is None or self.target is None:
             return ""
         return "meets" if self.target.met_by(self.value.median) else "MISSES"
+
+    @classmethod
+    def over(cls, rows: Sequence[Row]) -> Row:
+        """The same row of several processes; one that was not measured in each of them is not measured."""
+        for row in rows:
+            if row.value is None:
+                return row
+        times = {name: Spread.over([row.times[name] for row in rows]) for name in rows[0].times}
+        return replace(rows[0], value=Spread.over([row.value for row in rows if row.value]), times=times)
 
 
 @dataclass
@@ -410,7 +424,7 @@ def print_rows(benchmark: str, rows: Sequence[Row]) -> None:
 
 
 def print_header() -> None:
-    print(f"{'':10} {'':46} {'median':>9} {'quartiles':>15}  {'target':>8} {'':6} of")
+    print(f"{'':10} {'':46} {'median':>9} {'spread':>15}  {'target':>8} {'':6} of")
 
 
 def as_json(benchmark: str, row: Row) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def phase(quick: Quick) -> Iterator[Row]:
     passes = {name: floor.contenders(name) for name, floor in floors.items()}
     for found in passes.values():
         contenders |= found
-    samples = interleave(contenders, rounds=7 if quick else 25)
+    samples = interleave(contenders, rounds=9)
     if floors:
         reads, floor = (fastest(samples, list(found)) for found in passes.values())
         samples["floor"] = {round_: value + samples[floor][round_] for round_, value in samples[reads].items()}
@@ -275,7 +275,7 @@ def amp(quick: Quick) -> Iterator[Row]:
         check(SMALL_QUARTERS, name)
     _, steps = make_ways(make_parameters([16 * MI] * 4), [AMP, AMP_OWN, AMP_TORCH])
     del steps[OURS]
-    samples = interleave({name: Contender(step) for name, step in steps.items()}, rounds=7 if quick else 25)
+    samples = interleave({name: Contender(step) for name, step in steps.items()}, rounds=9)
     yield ratio_row("torch's scaler: faster than torch", samples, AMP_TORCH, AMP, at_least(1.15))
     yield ratio_row("fusedopt's scaler: faster than torch", samples, AMP_TORCH, AMP_OWN, at_least(1.4))
 
@@ -285,7 +285,7 @@ def many(quick: Quick) -> Iterator[Row]:
     check([10] * 1000, CLIP)
     _, steps = make_ways(make_parameters([10] * 10_000), [CLIP, CLIP_TORCH])
     contenders = {name: Contender(steps[name], calls=calls) for name, calls in ((CLIP, 5), (CLIP_TORCH, 2))}
-    samples = interleave(contenders, rounds=8 if quick else 20)
+    samples = interleave(contenders, rounds=8)
     yield ratio_row("10,000 x 10, clip: faster than torch", samples, CLIP_TORCH, CLIP, at_least(14))
 
 
@@ -316,7 +316,7 @@ def clip_norm(quick: Quick) -> Iterator[Row]:
         ("10,000 x 10", [10] * 10_000, [10] * 1000, {OURS: 5, TORCH: 2}),
     ):
         check_clip_grad_norm(make_parameters(small))
-        samples = interleave(clippers(make_parameters(sizes), calls), rounds=8 if quick else 25)
+        samples = interleave(clippers(make_parameters(sizes), calls), rounds=9)
         yield ratio_row(f"{title}: faster than torch's", samples, TORCH, OURS)
 
 

@@ -306,6 +306,7 @@ def make_cached(combination: Combination | None, size: int) -> Callable[[], obje
 
 AT_ONCE = 5  # combinations that take turns, beside float32 Adam: more might not fit into memory
 BOUNDS = TRAFFIC, ARITHMETIC = "traffic", "arithmetic"
+OF_ITS_BOUND = "of its bound"
 Rates = dict[str, list[float]]
 
 
@@ -363,7 +364,7 @@ def compare(
             contenders[name] = Contender(optimizer.step)
         if combination.kind == OURS:
             cached[f"{name} in cache"] = workers.steps(combination, CACHED_SIZES[1])
-    samples = interleave(contenders | cached, rounds=5 if quick else 15)
+    samples = interleave(contenders | cached, rounds=5)
     each = numel / torch.get_num_threads()
     lowest = min(workers.seconds(None, size) for size in CACHED_SIZES) * each
     samples[ARITHMETIC] = dict.fromkeys(samples[BASE.name], lowest)
@@ -388,15 +389,22 @@ def scaled(samples: Samples, name: str, factor: float) -> dict[int, float]:
 
 
 def of_bound(combination: Combination, samples: Samples, in_cache: float | None) -> Row:
-    """The row of a step's time over the larger bound, which it names."""
+    """The row of a step's time over the larger bound; its times tell which that is (`named`)."""
     name = combination.name
     binds = max(BOUNDS, key=lambda bound: seconds(samples, bound).median)
     target = at_most(1.15) if combination.kind == OURS else None
-    row = ratio_row(f"{name}: of {binds}", samples, name, binds, target)
+    row = ratio_row(f"{name}: {OF_ITS_BOUND}", samples, name, binds, target)
     row.times = {title: seconds(samples, key) for title, key in (("step", name), *((b, b) for b in BOUNDS))}
     if in_cache is not None:
         row.times["in cache"] = Spread.of([in_cache])
     return row
+
+
+def named(name: str, medians: Mapping[str, float]) -> str:
+    """A row's name, with the bound that is the larger by the medians of its times."""
+    if not name.endswith(OF_ITS_BOUND):
+        return name
+    return name.replace(OF_ITS_BOUND, f"of {max(BOUNDS, key=medians.__getitem__)}")
 
 
 BENCHMARKS: dict[str, Callable[[Quick], Iterator[Row]]] = {"precision": precision}

@@ -2,10 +2,10 @@
 
     python -m benchmarks.report          # of the results that the README is of now; --help: of others
     python -m benchmarks.report --check  # only whether the documents say what the results do
-    python -m benchmarks.report --compare A.json B.json  # do two runs agree within their quartiles?
+    python -m benchmarks.report --compare A.json B.json  # do two runs agree within their spread?
 
 Nothing is chosen by outcome: the README's rows are those of STORY whoever wins, docs/benchmarks.md has all. Where
-another is faster than fusedopt, by more than the quartiles, the row says so.
+another is faster than fusedopt, by the medians, the row says so.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def spread_of(row: Row, name: str) -> dict[str, float]:
 
 
 def faster(row: Row) -> dict[str, float] | None:
-    """How many times as long as ours the other takes: median and quartiles."""
+    """How many times as long as ours the other takes: median and spread."""
     pair = sides(row)
     if pair is None or row["value"] is None:
         return None
@@ -97,9 +97,9 @@ def find(rows: Sequence[Row], benchmark: str, name: str) -> Row | None:
 
 
 def show_ratio(value: dict[str, float]) -> str:
-    """Bold where the other is faster beyond doubt."""
+    """Bold where the other is faster."""
     text = f"{value['median']:.2f} x" if value["median"] < 10 else f"{value['median']:.0f} x"
-    return f"**{text}: slower**" if value["high"] < 1 else text
+    return f"**{text}: slower**" if value["median"] < 1 else text
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
@@ -148,14 +148,16 @@ def full_table(rows: Sequence[Row]) -> str:
             continue
         value = row["value"]
         number = f"{value['median']:.3g} {row['unit']}".strip()
-        quartiles = "" if value["low"] == value["high"] else f"{value['low']:.3g} .. {value['high']:.3g}"
+        spread = "" if value["low"] == value["high"] else f"{value['low']:.3g} .. {value['high']:.3g}"
         verdict = {True: "met", False: "**missed**", None: ""}[row["meets"]]
         ratio = faster(row) if row["unit"] in ("x", "us", "ms") else None
-        if ratio is not None and ratio["high"] < 1:
+        if ratio is not None and ratio["median"] < 1:
             verdict += " **slower**"
-        of = ", ".join(f"{name} {show_time(time['median'])}" for name, time in row["times"].items())
-        lines.append([row["benchmark"], row["name"], number, quartiles, f"{row['target'] or ''} {verdict}".strip(), of])
-    return table(["benchmark", "row", "median", "quartiles", "aim", "times"], lines)
+        medians = {name: time["median"] for name, time in row["times"].items()}
+        of = ", ".join(f"{name} {show_time(median)}" for name, median in medians.items())
+        name = precision.named(row["name"], medians)
+        lines.append([row["benchmark"], name, number, spread, f"{row['target'] or ''} {verdict}".strip(), of])
+    return table(["benchmark", "row", "median", "spread", "aim", "times"], lines)
 
 
 def rivals_table(found: dict[str, Any]) -> str:
@@ -219,7 +221,7 @@ def draw_growth(rows: Sequence[Row], facts: dict[str, Any]) -> Figure:
                 low, high = ([time[key] * 1e3 for time in times] for key in ("low", "high"))
                 axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         axes.set_xlabel(label)
-        axes.set_ylabel("milliseconds (median, band: quartiles)")
+        axes.set_ylabel("milliseconds (median, band: spread)")
         axes.set_title(title)
         axes.grid(alpha=0.3, which="major")
         axes.legend()
@@ -309,7 +311,7 @@ def documents(rows: Sequence[Row], rivals: dict[str, Any]) -> Iterator[tuple[Pat
 
 
 def compare(first: Sequence[Row], second: Sequence[Row]) -> Iterator[str]:
-    """The ratios of two runs whose quartiles do not overlap, and how many there are."""
+    """The ratios of two runs whose spreads do not overlap, and how many there are."""
     compared = apart = 0
     for row in first:
         other = find(second, row["benchmark"], row["name"])

@@ -36,14 +36,14 @@ BYTES = 16 + 12  # an element of parameters, gradients and two moments, and what
 
 
 def compare(sizes: Sequence[int], rivals: Sequence[str], rounds: int) -> Samples:
-    """Steps of Adam. A turn lasts a millisecond at least; torch's slower two take part in each fourth round."""
+    """Steps of Adam. A turn lasts a millisecond at least; torch's slower two take part in each third round."""
     numel, count = sum(sizes), len(sizes)
     params = make_parameters(sizes)
     contenders = {}
     for name, optimizer in make_optimizers(params, rivals).items():
         # Guessed from about 2 ns an element and 1 us a tensor, in both not too little for anyone.
         calls = max(1, round(1e-3 / (numel * 1e-9 + count * 3e-6)))
-        every = 4 if name in (FOREACH, LOOP) and calls == 1 else 1
+        every = 3 if name in (FOREACH, LOOP) and calls == 1 else 1
         contenders[name] = Contender(optimizer.step, calls=calls, every=every)
     return interleave(contenders, rounds)
 
@@ -57,7 +57,7 @@ def elements(quick: Quick) -> Iterator[Row]:
         if numel * BYTES > 0.8 * available_memory():
             yield Row(f"{numel:,} elements", note=f"skipped: needs {numel * BYTES / 2**30:.0f} GiB of memory")
             continue
-        rounds = 5 if quick or numel > STREAMED else 21
+        rounds = 3 if numel > STREAMED else 7
         samples = compare([numel], [FUSED] if quick else [FUSED, FOREACH, LOOP], rounds)
         curve.append(point_row(f"{numel:,} elements: faster than torch fused", samples, numel))
         yield curve[-1]
@@ -80,7 +80,7 @@ def tensors(quick: Quick) -> Iterator[Row]:
     check([100] * 100)
     for count in TENSORS[:-1:2] if quick else TENSORS:
         rivals = [FUSED] if quick or count > 10_000 else [FUSED, FOREACH, LOOP]
-        samples = compare([SPLIT // count] * count, rivals, rounds=5 if quick or count > 1000 else 13)
+        samples = compare([SPLIT // count] * count, rivals, rounds=3 if count > 1000 else 5)
         yield point_row(f"{count:,} tensors: faster than torch fused", samples, count)
 
 
@@ -97,7 +97,7 @@ def threads(quick: Quick) -> Iterator[Row]:
         for count in counts:
             torch.set_num_threads(count)
             timed = {name: Contender(optimizer.step) for name, optimizer in optimizers.items()}
-            samples_of[count] = interleave(timed, rounds=5 if quick else 15)
+            samples_of[count] = interleave(timed, rounds=5)
     finally:
         torch.set_num_threads(before)
     for count, samples in samples_of.items():

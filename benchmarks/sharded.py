@@ -77,7 +77,7 @@ def dtensors(quick: Quick) -> Iterator[Row]:
     }
     calls = {OURS: 20, "fusedopt, clipping": 20, "fusedopt, tensors": 20}
     timed = {name: Contender(run, calls=calls.get(name, 1)) for name, run in contenders.items()}
-    samples = interleave(timed, rounds=6 if quick else 20, warmup=2)
+    samples = interleave(timed, rounds=7)
     ours = [value * 1e6 for value in samples[OURS].values()]
     yield Row("1,000 DTensors", Spread.of(ours), "us", None, {FUSED: seconds(samples, FUSED)})
     yield ratio_row("1,000 DTensors: faster than torch fused", samples, FUSED, OURS, at_least(10))

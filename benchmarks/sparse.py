@@ -94,7 +94,7 @@ def check_sparse(draw: Draw) -> None:
 def sparse(quick: Quick) -> Iterator[Row]:
     """Adagrad on an embedding, 4,096 of whose rows of 64 are looked up: sparse gradients, not coalesced."""
     torch.sparse.check_sparse_tensor_invariants.disable()  # explicitly: else torch's step warns
-    rounds = 10 if quick else 40
+    rounds = 13
     for draw, target in ((distinct, at_least(4)), (uniform, None), (zipf, None)):
         check_sparse(draw)
         table = Table(MI, draw)

@@ -49,7 +49,7 @@ def large(
     optimizers = make_optimizers(params, rivals, algorithm, **options)
     contenders = {name: Contender(optimizer.step) for name, optimizer in optimizers.items()}
     for name in rivals[1:]:
-        contenders[name].every = 5
+        contenders[name].every = 4
     if COMPILED in contenders:
         contenders[COMPILED].run = torch.compile(optimizers[COMPILED].step)
         try:
@@ -64,13 +64,14 @@ def large(
         floors = list(floor.contenders())
     except Skipped as skipped:
         yield Row(f"{title}: traffic floor", note=f"skipped: {skipped}")
-    samples = interleave(contenders, rounds=7 if quick else 25)
+    samples = interleave(contenders, rounds=9)
     if floors:
-        best = fastest(samples, floors)
-        yield ratio_row(f"{title}: of the floor", samples, OURS, best, at_most(1.08))
+        samples["floor"] = samples[fastest(samples, floors)]
+        yield ratio_row(f"{title}: of the floor", samples, OURS, "floor", at_most(1.08))
         if FUSED in rivals:
-            yield ratio_row(f"{title}: torch fused of the floor", samples, FUSED, best)
-        yield Row(f"{title}: the floor's {floor.bytes_per_element} bytes an element", floor.rate(samples, best), "GB/s")
+            yield ratio_row(f"{title}: torch fused of the floor", samples, FUSED, "floor")
+        name = f"{title}: the floor's {floor.bytes_per_element} bytes an element"
+        yield Row(name, floor.rate(samples, "floor"), "GB/s")
     for name in filter(contenders.get, rivals):
         if name == FUSED:
             yield ratio_row(f"{title}: of torch fused", samples, OURS, FUSED, target)
@@ -102,7 +103,7 @@ def avx2(quick: Quick) -> Iterator[Row]:
         contenders = {name: Contender(optimizer.step, prepare(name)) for name in usable}
         if "default" in usable[1:]:
             contenders["default"].every = 3  # slow, and without a target
-        samples = interleave(contenders, rounds=7 if quick else 21)
+        samples = interleave(contenders, rounds=7)
     finally:
         _C.set_cpu_capability(chosen)
     for name in usable[1:]:
@@ -136,10 +137,10 @@ def compare_small(
 
 def small10(quick: Quick) -> Iterator[Row]:
     """10,000 tensors of 10 elements."""
-    rounds = 4 if quick else 20
+    rounds = 6
     for renew, target in ((kept, at_least(16)), (assigned, at_least(11)), (backward, at_least(11))):
         calls = {OURS: 5, FUSED: 2} | ({FOREACH: 1, LOOP: 1} if renew is kept and not quick else {})
-        samples = compare_small(10_000, 10, renew, calls, rounds, slow_every=7)
+        samples = compare_small(10_000, 10, renew, calls, rounds, slow_every=3)
         for name in list(calls)[1:]:
             title = f"gradients {renew.__name__}: faster than {name}"
             yield ratio_row(title, samples, name, OURS, target if name == FUSED else None)
@@ -148,7 +149,7 @@ def small10(quick: Quick) -> Iterator[Row]:
 def small1000(quick: Quick) -> Iterator[Row]:
     """1,000 tensors of 1,000 elements."""
     for renew in (kept, assigned):
-        samples = compare_small(1000, 1000, renew, {OURS: 20, FUSED: 10}, rounds=10 if quick else 40)
+        samples = compare_small(1000, 1000, renew, {OURS: 20, FUSED: 10}, rounds=13)
         target = at_least(8) if renew is kept else None
         yield ratio_row(f"gradients {renew.__name__}: faster than torch fused", samples, FUSED, OURS, target)
 
@@ -156,7 +157,7 @@ def small1000(quick: Quick) -> Iterator[Row]:
 def host(quick: Quick) -> Iterator[Row]:
     """All of step() for 1,000 tensors of 10 elements: hooks, profiler range and all."""
     for renew, target in ((kept, at_most(150)), (assigned, at_most(280)), (backward, None)):
-        samples = compare_small(1000, 10, renew, {OURS: 20, FUSED: 10}, rounds=10 if quick else 40)
+        samples = compare_small(1000, 10, renew, {OURS: 20, FUSED: 10}, rounds=13)
         title = f"1,000 tensors, gradients {renew.__name__}"
         ours = [value * 1e6 for value in samples[OURS].values()]
         yield Row(title, Spread.of(ours), "us", target, {FUSED: seconds(samples, FUSED)})
@@ -185,7 +186,7 @@ def zeros(quick: Quick) -> Iterator[Row]:
             times.append(time.perf_counter() - start)
         # Of some steps in a row the fastest, so that a single interruption does not count.
         worst = max(min(times[at : at + block]) for at in range(0, len(times) - block + 1, block))
-        samples = interleave(contenders, rounds=9 if quick else 25)
+        samples = interleave(contenders, rounds=9)
         yield ratio_row(f"{name} after {len(times)} zero gradients", samples, "after zeros", "ordinary", target)
         ordinary = seconds(samples, "ordinary")
         yield Row(
@@ -203,15 +204,15 @@ def dtypes(quick: Quick) -> Iterator[Row]:
         check([5000] * 3 + [4999] if dtype == torch.float64 else SMALL_QUARTERS, dtype)
         optimizers = make_optimizers(make_parameters([4 * MI] * 4, dtype), [FUSED])
         contenders = {name: Contender(optimizer.step) for name, optimizer in optimizers.items()}
-        samples = interleave(contenders, rounds=7 if quick else 21)
+        samples = interleave(contenders, rounds=7)
         yield ratio_row(f"16M {str(dtype).removeprefix('torch.')}: of torch fused", samples, OURS, FUSED)
 
 
 def radam(quick: Quick) -> Iterator[Row]:
     """RAdam, rectified: 64M elements, and 10,000 tensors of 10."""
     yield from large("64M", "RAdam", [FOREACH, LOOP], at_least(4.5), quick)
-    calls, rounds = {OURS: 5, FOREACH: 1}, 4 if quick else 15
-    samples = compare_small(10_000, 10, kept, calls, rounds, slow_every=1, algorithm="RAdam")
+    calls = {OURS: 5, FOREACH: 1}
+    samples = compare_small(10_000, 10, kept, calls, rounds=5, slow_every=1, algorithm="RAdam")
     yield ratio_row("10,000 x 10: faster than torch foreach", samples, FOREACH, OURS, at_least(50))
 
 
@@ -219,7 +220,7 @@ def adagrad(quick: Quick) -> Iterator[Row]:
     """Adagrad with dense gradients: the same."""
     yield from large("64M", "Adagrad", [FUSED, FOREACH, LOOP], at_most(1.02), quick)
     calls = {OURS: 5, FUSED: 2} | ({} if quick else {FOREACH: 1})
-    samples = compare_small(10_000, 10, kept, calls, 8 if quick else 20, slow_every=5, algorithm="Adagrad")
+    samples = compare_small(10_000, 10, kept, calls, rounds=7, slow_every=2, algorithm="Adagrad")
     for name in list(calls)[1:]:
         yield ratio_row(f"10,000 x 10: faster than {name}", samples, name, OURS)
 

@@ -54,7 +54,7 @@ def gpt(quick: Quick) -> Iterator[Row]:
     check(SMALL_QUARTERS, algorithm="AdamW", steps=3)
     text = corpus.load()
     trainings = {kind: Training(kind, text) for kind in (OURS, FUSED, FOREACH, LOOP)}
-    rounds = WARMUP + (8 if quick else 30)
+    rounds = WARMUP + 10
     names = list(trainings)
     for round_ in range(rounds):
         for at in range(len(names)):

@@ -10,7 +10,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_precision import assert_both_masters_hold
+from test_precision_masters import assert_both_masters_hold
 
 STEP = 2**24
 

@@ -13,7 +13,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from optimizers import CUDA_ON_HOST, TARGETS
+from optimizers import CUDA_ON_HOST, ON_DEVICE, TARGETS
 from ranks import Ranks
 
 from fusedopt._config import _C
@@ -53,6 +53,26 @@ def set_capability(request: pytest.FixtureRequest) -> Iterator[Callable[[str], N
 def capability(request: pytest.FixtureRequest, set_capability: Callable[[str], None]) -> str:
     """Run the test once on every target that this machine has."""
     set_capability(request.param)
+    return request.param
+
+
+@pytest.fixture
+def set_place(request: pytest.FixtureRequest, set_capability: Callable[[str], None]) -> Callable[[str], None]:
+    """Like set_capability, with one place more."""
+
+    def choose(name: str) -> None:
+        set_capability(CUDA_ON_HOST if name == ON_DEVICE else name)
+        if name == ON_DEVICE:
+            _C.set_cuda_on_host(request.getfixturevalue("cuda_library")._name, True)
+
+    return choose
+
+
+@pytest.fixture(params=["cpu", CUDA_ON_HOST, ON_DEVICE])
+def place(request: pytest.FixtureRequest, set_place: Callable[[str], None]) -> str:
+    """The CPU, and the other driver with the step counts on the host and on the device."""
+    if request.param != "cpu":
+        set_place(request.param)
     return request.param
 
 

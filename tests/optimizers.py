@@ -141,6 +141,8 @@ OWN_VARIANTS = [
 # The CUDA kernel's source, compiled for the host and given host tensors as a device's, is one more target.
 CUDA_ON_HOST = "cuda_on_host"
 TARGETS = [*_C.build_info()["cpu_usable"], CUDA_ON_HOST]
+ON_DEVICE = "counts_on_device"  # cuda_on_host, with the step counts and all other numbers on the pretended device
+PLACES = [*TARGETS, ON_DEVICE]
 
 FLOATS = [torch.float32, torch.float64]
 DTYPES = [*FLOATS, torch.bfloat16, torch.float16]

@@ -11,7 +11,7 @@ from packages import require
 ROOT = Path(__file__).parent.parent
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT)
-    from benchmarks import rivals
+    from benchmarks import cpu, harness, rivals
 
 # Each of ours that a rival is compared with, as if it were the rival.
 OURS = {
@@ -73,3 +73,21 @@ def test_runs_that_disagree_are_named() -> None:
     *named, count = report.compare(first, second)
     assert len(named) == 1 and "apart" in named[0] and count == "1 of 2 ratios lie apart"
     assert len(list(report.compare(second, first))) == 2
+
+
+def test_rows_of_all_processes_are_one() -> None:
+    def row(name: str, *value: float, note: str = "") -> harness.Row:
+        spread = harness.Spread(*value) if value else None
+        return harness.Row(name, spread, times={"fusedopt": spread} if spread else {}, note=note)
+
+    found = [
+        [row("a", 2, 1, 3), row("b", 5, 4, 6)],
+        [row("a", 9, 8, 10), row("b", note="skipped: no floor")],
+        [row("a", 4, 0.5, 5), row("b", 5, 4, 6)],
+    ]
+    first, second = cpu.merge(found)
+    assert first == row("a", 4, 0.5, 10)
+    assert second == found[1][1]
+    refused = row("", note="REFUSED, wrong result: bits")
+    assert cpu.merge([*found, [refused]]) == [refused]
+    assert cpu.merge(found[:1]) == found[0]
