@@ -45,7 +45,7 @@ def start(quick: Quick) -> Iterator[Row]:
     """In fresh processes: what importing fusedopt adds to importing torch, and how long the first step takes."""
     contenders = {OURS: ("fusedopt", ""), FUSED: ("torch.optim", ", fused=True")}
     found: dict[str, list[list[float]]] = {name: [] for name in contenders}
-    for round_ in range(-1, 2 if quick else 7):
+    for round_ in range(-1, 2 if quick else 5):
         for name, (module, options) in contenders.items():
             command = [sys.executable, "-c", START.format(module=module, options=options)]
             out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tempfile.gettempdir())

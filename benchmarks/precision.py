@@ -364,7 +364,7 @@ def compare(
             contenders[name] = Contender(optimizer.step)
         if combination.kind == OURS:
             cached[f"{name} in cache"] = workers.steps(combination, CACHED_SIZES[1])
-    samples = interleave(contenders | cached, rounds=5)
+    samples = interleave(contenders | cached, rounds=4)
     each = numel / torch.get_num_threads()
     lowest = min(workers.seconds(None, size) for size in CACHED_SIZES) * each
     samples[ARITHMETIC] = dict.fromkeys(samples[BASE.name], lowest)

@@ -64,7 +64,7 @@ def large(
         floors = list(floor.contenders())
     except Skipped as skipped:
         yield Row(f"{title}: traffic floor", note=f"skipped: {skipped}")
-    samples = interleave(contenders, rounds=9)
+    samples = interleave(contenders, rounds=8)
     if floors:
         samples["floor"] = samples[fastest(samples, floors)]
         yield ratio_row(f"{title}: of the floor", samples, OURS, "floor", at_most(1.08))
@@ -137,7 +137,7 @@ def compare_small(
 
 def small10(quick: Quick) -> Iterator[Row]:
     """10,000 tensors of 10 elements."""
-    rounds = 6
+    rounds = 5
     for renew, target in ((kept, at_least(16)), (assigned, at_least(11)), (backward, at_least(11))):
         calls = {OURS: 5, FUSED: 2} | ({FOREACH: 1, LOOP: 1} if renew is kept and not quick else {})
         samples = compare_small(10_000, 10, renew, calls, rounds, slow_every=3)
@@ -149,7 +149,7 @@ def small10(quick: Quick) -> Iterator[Row]:
 def small1000(quick: Quick) -> Iterator[Row]:
     """1,000 tensors of 1,000 elements."""
     for renew in (kept, assigned):
-        samples = compare_small(1000, 1000, renew, {OURS: 20, FUSED: 10}, rounds=13)
+        samples = compare_small(1000, 1000, renew, {OURS: 20, FUSED: 10}, rounds=10)
         target = at_least(8) if renew is kept else None
         yield ratio_row(f"gradients {renew.__name__}: faster than torch fused", samples, FUSED, OURS, target)
 
@@ -157,7 +157,7 @@ def small1000(quick: Quick) -> Iterator[Row]:
 def host(quick: Quick) -> Iterator[Row]:
     """All of step() for 1,000 tensors of 10 elements: hooks, profiler range and all."""
     for renew, target in ((kept, at_most(150)), (assigned, at_most(280)), (backward, None)):
-        samples = compare_small(1000, 10, renew, {OURS: 20, FUSED: 10}, rounds=13)
+        samples = compare_small(1000, 10, renew, {OURS: 20, FUSED: 10}, rounds=10)
         title = f"1,000 tensors, gradients {renew.__name__}"
         ours = [value * 1e6 for value in samples[OURS].values()]
         yield Row(title, Spread.of(ours), "us", target, {FUSED: seconds(samples, FUSED)})
@@ -186,7 +186,7 @@ def zeros(quick: Quick) -> Iterator[Row]:
             times.append(time.perf_counter() - start)
         # Of some steps in a row the fastest, so that a single interruption does not count.
         worst = max(min(times[at : at + block]) for at in range(0, len(times) - block + 1, block))
-        samples = interleave(contenders, rounds=9)
+        samples = interleave(contenders, rounds=8)
         yield ratio_row(f"{name} after {len(times)} zero gradients", samples, "after zeros", "ordinary", target)
         ordinary = seconds(samples, "ordinary")
         yield Row(
