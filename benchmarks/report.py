@@ -247,11 +247,12 @@ def draw_ratios(rows: Sequence[Row], rivals: dict[str, Any], facts: dict[str, An
         errors = [[value["median"] - value["low"]], [value["high"] - value["median"]]]
         width = value["median"] - 1  # to the left of the line where the other is faster
         axes.barh(place, width, left=1, color=COLORS[color], xerr=errors, ecolor="#333333", height=0.7)
-        axes.text(value["high"] * 1.06, place, f"{value['median']:.3g} x", va="center", fontsize=9)
+        words = show_ratio(value).strip("*")
+        axes.text(value["high"] * 1.06, place, words, va="center", fontsize=9)
     axes.axvline(1, color=COLORS[OURS], linewidth=2.5)
     axes.set_yticks(range(len(bars)), [f"{words}  |  {who}" for words, who, _, _ in bars], fontsize=9)
     axes.set_xscale("log")
-    axes.set_xlim(right=max(value["high"] for _, _, value, _ in bars) * 2)
+    axes.set_xlim(0.8, max(value["high"] for _, _, value, _ in bars) * 3)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlabel("time of the other / time of fusedopt (log axis; right of the green line fusedopt is faster)")
     axes.grid(alpha=0.3, axis="x")
