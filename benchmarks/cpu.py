@@ -1,8 +1,8 @@
 """`make bench`: fusedopt on the CPU against its rivals and its targets.
 
 Every benchmark first checks, on a small case of the same pattern, that the steps it is about to time are right: bit
-for bit those of the tests' reference. If they are not, its rows are refused. All contenders of a benchmark share one
-set of parameters, gradients and moments, and take turns (harness.interleave).
+for bit those of the tests' reference. If they are not, its rows are refused. Contenders take turns, and where they can
+they share one set of parameters, gradients and moments (harness.interleave).
 
 Each benchmark runs in more than one process, minutes apart: what the machine's neighbours do for some seconds, or where
 the heap happens to lie, moves all of a process's rounds alike, and would not be seen in their spread.
@@ -11,6 +11,7 @@ the heap happens to lie, moves all of a process's rounds alike, and would not be
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +42,7 @@ NAMES = [name for _, names in LINES for name in names]
 LONG = ("build",)  # minutes: with --only
 QUICK = ("step64m", "small10", "host", "radam", "elements", "tensors", "phase", "gpt")
 TIMES = 2  # that all is measured
+REFUSED = "REFUSED, wrong result"
 ONCE = ("start", "memory", "build")  # these start processes of their own
 
 
@@ -56,24 +58,31 @@ def run(module: str, names: Sequence[str], quick: Quick) -> dict[str, tuple[floa
         except Skipped as reason:
             rows.append(Row("", note=f"skipped: {reason}"))
         except AssertionError as reason:
-            rows = [Row("", note=f"REFUSED, wrong result: {reason}")]
+            rows = [Row("", note=f"{REFUSED}: {reason}")]
         found[name] = time.monotonic() - start, rows
     return found
+
+
+def is_refused(rows: Sequence[Row]) -> bool:
+    return any(row.note.startswith(REFUSED) for row in rows)
 
 
 def merge(found: Sequence[Sequence[Row]]) -> list[Row]:
     """A benchmark's rows in some processes as one list; refused once, it is refused."""
     for rows in found:
-        if any(row.note.startswith("REFUSED") for row in rows):
+        if is_refused(rows):
             return list(rows)
     named: dict[str, list[Row]] = {}
     for rows in found:
         for row in rows:
             named.setdefault(row.name, []).append(row)
+    for name, rows in named.items():
+        if len(rows) < len(found) and all(row.value is not None for row in rows):
+            rows.append(Row(name, note=f"skipped: measured in {len(rows)} of {len(found)} processes only"))
     return [Row.over(rows) for rows in named.values()]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a minute and a half: fewer benchmarks, measured once")
     parser.add_argument("--only", action="append", choices=NAMES, help="this benchmark (may be repeated)")
@@ -99,11 +108,12 @@ def main() -> None:
                 for name, (seconds, rows) in process.submit(run, module, names, args.quick).result().items():
                     found[name].append(rows)
                     took[name] += seconds
-            for name in names if time_ == last else ():
+            if time_ < last:
+                print(f"{'':10} {', '.join(names)}: once, after {time.monotonic() - begin:.0f} s", flush=True)
+                continue
+            for name in names:
                 results[name] = merge(found[name])
                 harness.print_rows(name, results[name])
-        if time_ < last:
-            print(f"{'':10} {time_} of {last} times, after {time.monotonic() - begin:.0f} s", flush=True)
 
     facts |= {
         "times": last,
@@ -115,11 +125,16 @@ def main() -> None:
     print(f"\n{verdicts.count('meets')} targets met, {verdicts.count('MISSES')} missed; {facts['seconds']} s, ", end="")
     print(f"{facts['used_by_others']:.0%} of the machine used by others meanwhile")
     print("seconds: " + ", ".join(f"{name} {value:g}" for name, value in facts["seconds_by_benchmark"].items()))
+    refused = [name for name, rows in results.items() if is_refused(rows)]
+    if refused:
+        print(f"{', '.join(refused)}: REFUSED, and nothing is written")
+        return 1
     path = args.json or (None if args.quick or args.only else harness.default_path())
     if path:
         harness.write_json(path, facts, results)
         print(f"written: {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

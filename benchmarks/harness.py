@@ -101,7 +101,7 @@ class Row:
 
     @classmethod
     def over(cls, rows: Sequence[Row]) -> Row:
-        """The same row of several processes; one that was not measured in each of them is not measured."""
+        """The same row of several processes; where one of them could not measure it, that is the row."""
         for row in rows:
             if row.value is None:
                 return row
@@ -113,7 +113,8 @@ class Row:
 class Contender:
     """`run` is timed; `prepare` goes before each run, untimed.
 
-    A turn is `calls` runs and gives one sample, their mean. A contender with `every` = n takes part in each n-th round.
+    A turn is `calls` runs and gives one sample, their mean. A contender with `every` = n takes part in each n-th round,
+    and in all that warm up.
     """
 
     run: Callable[[], object]
@@ -137,7 +138,7 @@ def interleave(contenders: Mapping[str, Contender], rounds: int, warmup: int = 1
             for at in range(len(names)):
                 name = names[(round_ + at) % len(names)]
                 contender = contenders[name]
-                if round_ % contender.every:
+                if round_ >= 0 and round_ % contender.every:
                     continue
                 total = sum(timers[name].timeit(1) for _ in range(contender.calls))
                 if round_ >= 0:

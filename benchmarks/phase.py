@@ -244,10 +244,10 @@ def check_clip_grad_norm(params: list[Parameter]) -> None:
 
 def phase(quick: Quick) -> Iterator[Row]:
     """AdamW of 64M elements: clipping, statistics and averages in the step."""
-    for name in (CLIP, STATS, EMA, ALL):
+    for name in (CLIP, SKIP, STATS, EMA, ALL):
         check(SMALL_QUARTERS, name)
     params = make_parameters([16 * MI] * 4)
-    optimizers, steps = make_ways(params, [CLIP, STATS, EMA, ALL, CLIP_TORCH, ALL_TORCH])
+    optimizers, steps = make_ways(params, [CLIP, SKIP, STATS, EMA, ALL, CLIP_TORCH, ALL_TORCH])
     contenders = {name: Contender(step) for name, step in steps.items()}
     floors: dict[str, Floor] = {}
     try:
@@ -264,6 +264,7 @@ def phase(quick: Quick) -> Iterator[Row]:
         yield ratio_row("clip: of the floor, 4 + 28 bytes", samples, CLIP, "floor", at_most(1.10))
         yield Row("the floor's pass that reads", floors["reads"].rate(samples, reads), "GB/s")
     yield ratio_row("clip: faster than torch", samples, CLIP_TORCH, CLIP, at_least(1.2))
+    yield ratio_row("skip: of the step without", samples, SKIP, OURS)
     yield ratio_row("stats: of the step without", samples, STATS, OURS, at_most(1.08))
     yield ratio_row("ema: of the step without", samples, EMA, OURS, at_most(36 / 28 * 1.05))
     yield ratio_row("clip, skip, ema, stats: faster than torch", samples, ALL_TORCH, ALL)

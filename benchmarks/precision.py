@@ -330,7 +330,7 @@ def precision(quick: Quick) -> Iterator[Row]:
     try:
         for begin in range(0, len(others), AT_ONCE):
             batch = ([BASE] if begin == 0 else []) + others[begin : begin + AT_ONCE]
-            yield from compare(batch, base, weights, grads, floors, workers, rates, quick)
+            yield from compare(batch, base, weights, grads, floors, workers, rates)
     finally:
         workers.close()
     if floors:
@@ -346,7 +346,6 @@ def compare(
     floors: Mapping[str, Contender],
     workers: Workers,
     rates: Rates,
-    quick: Quick,
 ) -> Iterator[Row]:
     """Some combinations by turns with float32 Adam and both bounds; `rates` gets what the bounds are of."""
     numel = sum(weight.numel() for weight in weights)

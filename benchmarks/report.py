@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from . import precision
@@ -27,6 +26,7 @@ from .harness import FOREACH, FUSED, LOOP, OURS, ROOT, show_time
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 CPU = [RESULTS / "cpu-intel-xeon.json", RESULTS / "cpu-intel-xeon-build.json"]
 Row = dict[str, Any]
+TIMES = ("s", "ms", "us", "ns", "/s", "GB/s")
 
 # What the README shows: benchmark, row, and the words for it.
 STORY = (
@@ -42,15 +42,22 @@ STORY = (
     ("small10", "gradients kept: faster than torch fused", "Adam, 10,000 tensors of 10"),
     ("small10", "gradients backward: faster than torch fused", "the same, new gradients from backward"),
     ("radam", "10,000 x 10: faster than torch foreach", "RAdam, 10,000 tensors of 10"),
-    ("host", "1,000 tensors, gradients kept", "host cost of `step()`, 1,000 tensors"),
-    ("host", "1,000 tensors, gradients backward", "the same, new gradients from backward"),
-    ("start", "making the optimizer of 100 tensors", "making one of 100 tensors, in a fresh process"),
+    ("host", "1,000 tensors, gradients kept: faster than torch fused", "host cost of `step()`, 1,000 tensors"),
+    ("host", "1,000 tensors, gradients backward: faster than torch fused", "the same, new gradients from backward"),
+    (
+        "start",
+        "import, making it, first step: faster than torch fused",
+        "in a fresh process: import, make, first step",
+    ),
     ("dtensors", "1,000 DTensors: faster than torch fused", "host cost of `step()`, 1,000 DTensors"),
     ("sparse", "1M rows, distinct: faster than torch loop", "Adagrad, sparse: 4,096 rows of 1M x 64"),
+    ("sparse", "1M rows, zipf: faster than torch loop", "the same, by Zipf's law"),
     ("phase", "clip: faster than torch", "AdamW and clipping, 64M"),
-    ("phase-amp", "fusedopt's scaler: faster than torch", "the same under GradScaler"),
+    ("phase-amp", "torch's scaler: faster than torch", "the same under torch's GradScaler"),
+    ("phase-amp", "fusedopt's scaler: faster than torch", "the same under fusedopt's GradScaler"),
     ("phase", "clip, skip, ema, stats: faster than torch", "clip, skip, average and statistics, 64M"),
     ("phase-many", "10,000 x 10, clip: faster than torch", "AdamW and clipping, 10,000 tensors of 10"),
+    ("gpt", "a training step: faster than torch fused", "a training step of the GPT of `make train`"),
 )
 
 
@@ -167,7 +174,7 @@ def rivals_table(found: dict[str, Any]) -> str:
             value = row["value"]
             title, case = row["name"].rsplit(", ", 1)
             times = {name: show_time(time["median"]) for name, time in row["times"].items()}
-            torch_time = times.get("torch", times[title] if title.startswith("torch") else "")
+            torch_time = times.get("torch", times[title] if title.startswith("torch.") else "")
             version = f"{rival['distribution']} {rival['version']}"
             lines.append([title, version, case, times[OURS], times[title], torch_time, show_ratio(value)])
     return table(["optimizer", "version", "case", OURS, "it", "torch fused or foreach", "fusedopt is faster by"], lines)
@@ -276,7 +283,7 @@ def draw_precision(rows: Sequence[Row], facts: dict[str, Any]) -> Figure:
     points = []
     for combination in precision.COMBINATIONS:
         name = combination.name
-        if f"{name}: bytes" in medians and combination.param != torch.float16:  # as bfloat16, near enough
+        if f"{name}: bytes" in medians:
             x, y = medians[f"{name}: bytes"], 1 / medians.get(f"{name}: faster than f32", 1.0)
             points.append((round(x), y, x, name, COLORS[OURS if combination.kind == OURS else FUSED]))
     column, free = None, 0.0
@@ -312,19 +319,23 @@ def documents(rows: Sequence[Row], rivals: dict[str, Any]) -> Iterator[tuple[Pat
 
 
 def compare(first: Sequence[Row], second: Sequence[Row]) -> Iterator[str]:
-    """The ratios of two runs whose spreads do not overlap, and how many there are."""
+    """The rows of two runs whose spreads do not overlap, and how many there are; times are of that day's machine."""
     compared = apart = 0
-    for row in first:
-        other = find(second, row["benchmark"], row["name"])
-        if row["unit"] != "x" or row["value"] is None or other is None or other["value"] is None:
-            continue  # seconds are of that day's machine
-        a, b = row["value"], other["value"]
+    measured = [
+        {(row["benchmark"], row["name"]): row["value"] for row in rows if row["value"] and row["unit"] not in TIMES}
+        for rows in (first, second)
+    ]
+    for (benchmark, name), a in measured[0].items():
+        if (benchmark, name) not in measured[1]:
+            continue
+        b = measured[1][benchmark, name]
         compared += 1
         if a["low"] > b["high"] or b["low"] > a["high"]:
             apart += 1
             ranges = " and ".join(f"{each['low']:.3g} .. {each['high']:.3g}" for each in (a, b))
-            yield f"{row['benchmark']:<10} {row['name']:<50} {ranges} (medians {b['median'] / a['median'] - 1:+.0%})"
-    yield f"{apart} of {compared} ratios lie apart"
+            yield f"{benchmark:<10} {name:<50} {ranges} (medians {b['median'] / a['median'] - 1:+.0%})"
+    alone = len(measured[0].keys() ^ measured[1].keys())
+    yield f"{apart} of {compared} rows lie apart; {alone} more are of one run only"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

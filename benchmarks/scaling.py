@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -36,14 +35,14 @@ BYTES = 16 + 12  # an element of parameters, gradients and two moments, and what
 
 
 def compare(sizes: Sequence[int], rivals: Sequence[str], rounds: int) -> Samples:
-    """Steps of Adam. A turn lasts a millisecond at least; torch's slower two take part in each third round."""
+    """Steps of Adam. A turn lasts a millisecond at least; torch's slower two take part in fewer rounds."""
     numel, count = sum(sizes), len(sizes)
     params = make_parameters(sizes)
     contenders = {}
     for name, optimizer in make_optimizers(params, rivals).items():
         # Guessed from about 2 ns an element and 1 us a tensor, in both not too little for anyone.
         calls = max(1, round(1e-3 / (numel * 1e-9 + count * 3e-6)))
-        every = 3 if name in (FOREACH, LOOP) and calls == 1 else 1
+        every = (2 if numel <= STREAMED else 3) if name in (FOREACH, LOOP) and calls == 1 else 1
         contenders[name] = Contender(optimizer.step, calls=calls, every=every)
     return interleave(contenders, rounds)
 
@@ -52,25 +51,25 @@ def elements(quick: Quick) -> Iterator[Row]:
     """Adam on one float32 tensor, from 1,000 elements to 250 million."""
     for sizes in ([1000], SMALL_QUARTERS):  # on one thread, and on two
         check(sizes)
-    curve: list[Row] = []
+    streamed: dict[int, dict[int, float]] = {}
     for numel in ELEMENTS[:-2] if quick else ELEMENTS:
         if numel * BYTES > 0.8 * available_memory():
             yield Row(f"{numel:,} elements", note=f"skipped: needs {numel * BYTES / 2**30:.0f} GiB of memory")
             continue
         rounds = 3 if numel > STREAMED else 7
         samples = compare([numel], [FUSED] if quick else [FUSED, FOREACH, LOOP], rounds)
-        curve.append(point_row(f"{numel:,} elements: faster than torch fused", samples, numel))
-        yield curve[-1]
-    streamed = [row for row in curve if row.at is not None and row.at >= STREAMED]
+        yield point_row(f"{numel:,} elements: faster than torch fused", samples, numel)
+        if numel >= STREAMED:
+            streamed[numel] = samples[OURS]
     if len(streamed) > 1:
-        slopes = {name: Spread.of([slope(streamed, name)]) for name in streamed[0].times}
-        yield Row("growth beyond the caches: time ~ elements **", slopes[OURS], "", at_most(1.05))
+        rounds = set.intersection(*(set(found) for found in streamed.values()))
+        slopes = [slope({numel: found[round_] for numel, found in streamed.items()}) for round_ in rounds]
+        yield Row("growth beyond the caches: time ~ elements **", Spread.of(slopes), "", at_most(1.05))
 
 
-def slope(rows: Sequence[Row], name: str) -> float:
+def slope(curve: Mapping[int, float]) -> float:
     """Of a curve on log axes, by least squares."""
-    x = torch.tensor([math.log(row.at or 1) for row in rows], dtype=torch.float64)
-    y = torch.tensor([math.log(row.times[name].median) for row in rows], dtype=torch.float64)
+    x, y = (torch.tensor(list(values), dtype=torch.float64).log() for values in (curve.keys(), curve.values()))
     x, y = x - x.mean(), y - y.mean()
     return float((x @ y) / (x @ x))
 
