@@ -40,7 +40,7 @@ LINES = (
 )
 NAMES = [name for _, names in LINES for name in names]
 LONG = ("build",)  # minutes: with --only
-QUICK = ("step64m", "small10", "host", "radam", "elements", "tensors", "phase", "gpt")
+QUICK = ("step64m", "small10", "host", "elements", "tensors", "phase", "gpt")
 TIMES = 2  # that all is measured
 REFUSED = "REFUSED, wrong result"
 ONCE = ("start", "memory", "build")  # these start processes of their own

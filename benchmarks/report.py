@@ -319,10 +319,17 @@ def documents(rows: Sequence[Row], rivals: dict[str, Any]) -> Iterator[tuple[Pat
 
 
 def compare(first: Sequence[Row], second: Sequence[Row]) -> Iterator[str]:
-    """The rows of two runs whose spreads do not overlap, and how many there are; times are of that day's machine."""
+    """The rows of two runs whose spreads do not overlap, and how many there are.
+
+    Times are of that day's machine; what was measured once has no spread.
+    """
     compared = apart = 0
     measured = [
-        {(row["benchmark"], row["name"]): row["value"] for row in rows if row["value"] and row["unit"] not in TIMES}
+        {
+            (row["benchmark"], row["name"]): row["value"]
+            for row in rows
+            if row["unit"] not in TIMES and row["value"] and row["value"]["low"] < row["value"]["high"]
+        }
         for rows in (first, second)
     ]
     for (benchmark, name), a in measured[0].items():
