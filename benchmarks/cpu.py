@@ -4,8 +4,8 @@ Every benchmark first checks, on a small case of the same pattern, that the step
 for bit those of the tests' reference. If they are not, its rows are refused. Contenders take turns, and where they can
 they share one set of parameters, gradients and moments (harness.interleave).
 
-Each benchmark runs in more than one process, minutes apart: what the machine's neighbours do for some seconds, or where
-the heap happens to lie, moves all of a process's rounds alike, and would not be seen in their spread.
+Nearly all are measured in more than one process, minutes apart: what the machine's neighbours do for some seconds, or
+where the heap happens to lie, moves all of a process's rounds alike, and would not be seen in their spread.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ LINES = (
 NAMES = [name for _, names in LINES for name in names]
 LONG = ("build",)  # minutes: with --only
 QUICK = ("step64m", "small10", "host", "elements", "tensors", "phase", "gpt")
-TIMES = 2  # that all is measured
+TIMES = 2  # that all is measured, but for
+ONCE = ("start", "memory", "build")  # which start processes of their own
 REFUSED = "REFUSED, wrong result"
-ONCE = ("start", "memory", "build")  # these start processes of their own
 
 
 def run(module: str, names: Sequence[str], quick: Quick) -> dict[str, tuple[float, list[Row]]]:

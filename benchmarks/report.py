@@ -26,7 +26,7 @@ from .harness import FOREACH, FUSED, LOOP, OURS, ROOT, show_time
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 CPU = [RESULTS / "cpu-intel-xeon.json", RESULTS / "cpu-intel-xeon-build.json"]
 Row = dict[str, Any]
-TIMES = ("s", "ms", "us", "ns", "/s", "GB/s")
+OF_THE_DAY = ("s", "ms", "us", "ns", "/s", "GB/s")  # units of what the machine may do otherwise tomorrow
 
 # What the README shows: benchmark, row, and the words for it.
 STORY = (
@@ -328,7 +328,7 @@ def compare(first: Sequence[Row], second: Sequence[Row]) -> Iterator[str]:
         {
             (row["benchmark"], row["name"]): row["value"]
             for row in rows
-            if row["unit"] not in TIMES and row["value"] and row["value"]["low"] < row["value"]["high"]
+            if row["unit"] not in OF_THE_DAY and row["value"] and row["value"]["low"] < row["value"]["high"]
         }
         for rows in (first, second)
     ]

@@ -137,10 +137,9 @@ def compare_small(
 
 def small10(quick: Quick) -> Iterator[Row]:
     """10,000 tensors of 10 elements."""
-    rounds = 5
     for renew, target in ((kept, at_least(16)), (assigned, at_least(11)), (backward, at_least(11))):
         calls = {OURS: 5, FUSED: 2} | ({FOREACH: 1, LOOP: 1} if renew is kept and not quick else {})
-        samples = compare_small(10_000, 10, renew, calls, rounds, slow_every=3)
+        samples = compare_small(10_000, 10, renew, calls, rounds=5, slow_every=3)
         for name in list(calls)[1:]:
             title = f"gradients {renew.__name__}: faster than {name}"
             yield ratio_row(title, samples, name, OURS, target if name == FUSED else None)

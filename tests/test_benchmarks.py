@@ -1,6 +1,7 @@
 """What the benchmarks claim: the small programs for rivals, asked of ours; and documents that say what was measured."""
 
 import dataclasses
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,22 @@ def test_runs_that_disagree_are_named() -> None:
         value = {"median": (low + high) / 2, "low": low, "high": high}
         return {"benchmark": "host", "name": name, "unit": unit, "value": value}
 
-    first = [row("same", 1, 2), row("apart", 1, 2), row("seconds", 1, 2, "us"), row("alone", 1, 2)]
-    second = [row("same", 2, 3), row("apart", 2.1, 3), row("seconds", 5, 6, "us")]
+    first = [row("same", 1, 2), row("apart", 1, 2), row("seconds", 1, 2, "us"), row("once", 1, 1), row("alone", 1, 2)]
+    second = [row("same", 2, 3), row("apart", 2.1, 3), row("seconds", 5, 6, "us"), row("once", 4, 4)]
     *named, count = report.compare(first, second)
     assert len(named) == 1 and "apart" in named[0]
     assert count == "1 of 2 rows lie apart; 1 more are of one run only"
     assert len(list(report.compare(second, first))) == 2
+
+
+def test_no_benchmark_is_left_out() -> None:
+    require("matplotlib")
+    run: dict[str, set[str]] = {}
+    for module, names in cpu.LINES:
+        run.setdefault(module, set()).update(names)
+    assert {module: import_module(f"benchmarks.{module}").BENCHMARKS.keys() for module in run} == run
+    defining = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if "\nBENCHMARKS" in path.read_text()]
+    assert sorted(defining) == sorted([*run, "gpu"])  # which has a command of its own
 
 
 def test_rows_of_all_processes_are_one() -> None:
